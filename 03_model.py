@@ -287,11 +287,23 @@ class LanguageModel(nn.Module):
         return self.dropout(x)
 
     def forward(self, tokens, positions=None):
+        return self.top(self.trunk(tokens), positions)
+
+    def trunk(self, tokens):
+        """Everything below the last layer: tokens (B, T) -> (B, T, d_model)."""
         x = self.embed(tokens)
         for block in self.blocks[:-1]:
             x, _ = block(x)
+        return x
+
+    def top(self, x, positions=None):
+        """The last layer and the head on x = trunk(tokens) -> logits (B, T or n, V)."""
         x, _ = self.blocks[-1](x, positions=positions)
         return F.linear(self.norm(x), self.embedding.weight)
+
+    def attention_weights(self, x, positions):
+        """What the last layer looks at from positions (B, n), x = trunk(tokens): (B, H, n, T), rows sum to 1."""
+        return self.blocks[-1].mixer.weights(self.blocks[-1].norm1(x), positions)
 
     def prefill(self, tokens, states=None):
         """tokens (B, T), after `states` if given -> logits (B, V) of what follows the last one, and the states."""
@@ -306,13 +318,6 @@ class LanguageModel(nn.Module):
     def step(self, tokens, states=None):
         """One token per sequence: tokens (B,) -> logits (B, V) and the next states."""
         return self.prefill(tokens.unsqueeze(1), states)
-
-    def attention_weights(self, tokens, positions):
-        """What the last layer looks at from positions (B, n): (B, H, n, T), rows sum to 1."""
-        x = self.embed(tokens)
-        for block in self.blocks[:-1]:
-            x, _ = block(x)
-        return self.blocks[-1].mixer.weights(self.blocks[-1].norm1(x), positions)
 
 
 @torch.no_grad()
@@ -402,7 +407,7 @@ def check_rows_are_rows():
     for mixer in EXAMPLES:
         model = small_model(mixer)
         assert torch.allclose(model(tokens, positions), rows(model(tokens), positions)), mixer
-        sums = model.attention_weights(tokens, positions).sum(-1)
+        sums = model.attention_weights(model.trunk(tokens), positions).sum(-1)
         assert torch.allclose(sums, torch.ones_like(sums)), mixer
 
 
