@@ -57,12 +57,15 @@ def accept(q, k, v, kernel, state=None, T=None):
     Raises TypeError for what is not a floating-point tensor, ValueError for shapes that do not fit.
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
-        kernels.check_last_dim(x, x.shape[-1] if name == "v" and x.ndim else kernel.dim, name)
+        free = name == "v" and isinstance(x, torch.Tensor) and x.ndim > 0  # Dv may be anything
+        kernels.check_last_dim(x, x.shape[-1] if free else kernel.dim, name)
         if x.ndim != 4 or 0 in x.shape:
             raise ValueError(f"{name} must be (B, H, T, size) with every size at least 1, got {tuple(x.shape)}")
     if q.shape[:2] != k.shape[:2] or k.shape[:3] != v.shape[:3] or q.shape[2] != (T or k.shape[2]):
         raise ValueError(f"q, k and v disagree in B, H or T: {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
     if state is not None:
+        if not isinstance(state, State):
+            raise TypeError(f"state must be a State(S, z) as another call returned it, got {type(state).__name__}")
         expected = (*k.shape[:2], kernel.num_features, v.shape[-1])
         if state.S.shape != expected or state.z.shape != expected[:3]:
             raise ValueError(f"state must be S {expected} and z {expected[:3]} (B, H, P, Dv), "

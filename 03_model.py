@@ -48,7 +48,7 @@ class ModelConfig:
 
     mixers: one name per layer; heads and feature_dim (D) are those of the attention layers; positions: how many
     learned positions (0: none); norm "layer" or "rms"; mlp: inner size of SwiGLU (0: none); bias: in softmax
-    projections; init_std of linear layers (None: 1/√fan_in); gate_bias: initial bias of the short convolution's gate.
+    projections; init "paper" (N(0, 0.02), [C]) or "wide" (see `LanguageModel`).
     """
 
     mixers: tuple[str, ...]
@@ -60,9 +60,7 @@ class ModelConfig:
     norm: str = "layer"
     mlp: int = 0
     bias: bool = False
-    init_std: float | None = 0.02
-    embedding_std: float = 0.02
-    gate_bias: float = 0.0
+    init: str = "paper"
     dropout: float = 0.0
     attention_dropout: float = 0.0
 
@@ -73,8 +71,10 @@ class ModelConfig:
         for field in ("vocab_size", "d_model", "heads", "feature_dim"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}")
-        if not self.mixers or self.positions < 0 or self.mlp < 0 or self.norm not in ("layer", "rms"):
-            raise ValueError("a model needs at least one mixer, positions and mlp >= 0, norm 'layer' or 'rms'")
+        if not self.mixers or self.positions < 0 or self.mlp < 0:
+            raise ValueError("a model needs at least one mixer, and positions and mlp must not be negative")
+        if self.norm not in ("layer", "rms") or self.init not in ("paper", "wide"):
+            raise ValueError(f"norm is 'layer' or 'rms', init 'paper' or 'wide'; got {self.norm!r}, {self.init!r}")
         if self.d_model < self.heads or ("attention" in self.mixers and self.d_model % self.heads):
             raise ValueError(f"{self.heads} heads do not fit into d_model {self.d_model}")
         if not (0 <= self.dropout < 1 and 0 <= self.attention_dropout < 1):
@@ -264,20 +264,28 @@ class LanguageModel(nn.Module):
         self.apply(self._initialise)
 
     def _initialise(self, module):
-        config = self.config
+        """"paper": N(0, 0.02), biases 0, the convolution as PyTorch makes it. "wide", for small models that must learn
+        within a thousand steps: linear layers and convolution N(0, 1/fan_in), embedding N(0, 0.1), and a gate that
+        starts near 1, so that the first layer is a plain convolution until the gate has learned to choose."""
+        wide = self.config.init == "wide"
         if isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=config.embedding_std)
+            nn.init.normal_(module.weight, std=0.1 if wide else 0.02)
         elif isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=config.init_std or module.in_features**-0.5)
+            nn.init.normal_(module.weight, std=module.in_features**-0.5 if wide else 0.02)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-        elif isinstance(module, ShortConv):  # after its own Linear: `apply` visits children first
-            nn.init.constant_(module.gate.bias, config.gate_bias)
+        elif isinstance(module, ShortConv) and wide:  # after its own Linear: `apply` visits children first
+            nn.init.normal_(module.conv.weight, std=3**-0.5)
+            nn.init.zeros_(module.conv.bias)
+            nn.init.normal_(module.gate.weight, std=0.02)
+            nn.init.ones_(module.gate.bias)
 
     def embed(self, tokens, start=0):
         """tokens (B, T) -> (B, T, d_model). Raises ValueError past the learned positions."""
         if tokens.ndim != 2 or tokens.dtype != torch.int64 or 0 in tokens.shape:
             raise ValueError(f"tokens must be int64 of shape (B, T), got {tokens.dtype} {tuple(tokens.shape)}")
+        if tokens.device.type == "cpu" and not 0 <= tokens.min() <= tokens.max() < self.config.vocab_size:
+            raise ValueError(f"tokens must lie in 0 and below {self.config.vocab_size}, got {tokens.min()} to {tokens.max()}")
         x, end = self.embedding(tokens), start + tokens.shape[1]
         if self.position is not None:
             if end > self.config.positions:
@@ -350,8 +358,8 @@ def two_layers(mixer):
 
 
 def recall_config(mixer, vocab_size=256, d_model=64, heads=1):
-    """The laptop experiment of 04: no positions, so that it can be tested at any length; see 04 for the initialisation."""
-    return ModelConfig(two_layers(mixer), vocab_size, d_model, heads, init_std=None, embedding_std=0.1, gate_bias=1.0)
+    """The laptop experiment of 04: no learned positions, so that it can be tested at any length."""
+    return ModelConfig(two_layers(mixer), vocab_size, d_model, heads, init="wide")
 
 
 def mqar_config(mixer, d_model, seq_len):
@@ -380,7 +388,7 @@ EXAMPLES = ("conv_attention", "attention", "based", "rebased", "elu", "elementwi
 def small_model(mixer, mlp=0, seed=0):
     """A random float64 model in evaluation mode."""
     torch.manual_seed(seed)
-    config = ModelConfig(two_layers(mixer), 20, 12, heads=3, feature_dim=4, mlp=mlp, init_std=0.5, embedding_std=1.0)
+    config = ModelConfig(two_layers(mixer), 20, 12, heads=3, feature_dim=4, mlp=mlp, init="wide")
     return LanguageModel(config).double().eval()
 
 

@@ -188,8 +188,8 @@ def train(run, experiment, report=lambda steps, loss, accuracy: None):
 
 
 def recall_config(mixer, experiment):
-    """The model of 03 for this experiment. Its initialisation is wider than the paper's N(0, 0.02), with which nothing
-    is learned within 1,200 steps."""
+    """The model of 03 for this experiment, initialised "wide": with the paper's N(0, 0.02) nothing is learned in 1,200
+    steps."""
     return model_file.recall_config(mixer, experiment.vocab_size, experiment.d_model, experiment.heads)
 
 # %% Testing: the same weights, longer contexts
