@@ -190,116 +190,125 @@ def weigh(u, weight):
     return (u.add_(weight.floor) if weight.floor else u).tril_()
 
 # %% Features, laid out for a chunk
-# The features of 01 in the same order, with time as the last dimension, (N, P, C): each rotation of x is then a run
-# of consecutive rows and each product runs along memory. On a CPU that is ten times as fast as the row layout and
-# costs a fifth of the matrix product that reads it; as it is that cheap, the backward pass computes it again.
-def chunk_features(x, coefficients, out):
-    """φ(x)ᵀ: x (N, C, D) -> out (N, P, C)."""
-    (c0, c1, c2), D, row = coefficients, x.shape[-1], 0
+# The features of 01 in the same order, but with time as the last dimension, (N, P, C): each rotation of x is then a
+# run of rows, all products are one multiplication along memory, and on a CPU it takes a tenth of the time of the row
+# layout, a fifth of the matrix product that reads it. So the backward pass computes features again: storing them for
+# autograd, 136 numbers a token where q has 16, is what makes long sequences slow.
+# `room` holds whole rotations; when D is even the last half of the last one repeats the first, and P leaves it out.
+def feature_room(x, coefficients, C):
+    """Zeros (N, rows, C) with room for φ(x)ᵀ, and P <= rows: x (N, T, D)."""
+    (c0, c1, c2), (N, _, D) = coefficients, x.shape
+    before = bool(c0) + bool(c1) * D
+    rows, P = (before + D * (D // 2 + 1), before + D * (D + 1) // 2) if c2 else (before, before)
+    return x.new_zeros(N, rows, C), P
+
+
+def rotations(x, scale, room, before):
+    """scale·xᵀ (N, D, C), all its rotations (N, D//2 + 1, D, C), and the room for their products, as views."""
+    D = x.shape[-1]
+    twice = torch.cat([x.mT, x.mT], dim=1).mul_(scale)
+    return twice[:, :D], twice.unfold(1, D, 1).mT[:, : D // 2 + 1], room[:, before:].unflatten(1, (D // 2 + 1, D))
+
+
+def chunk_features(x, coefficients, room):
+    """φ(x)ᵀ: x (N, C, D) -> room (N, rows, C), filled."""
+    (c0, c1, c2), D = coefficients, x.shape[-1]
+    before = bool(c0) + bool(c1) * D
     if c0:
-        out[:, 0], row = math.sqrt(c0), 1
+        room[:, 0] = math.sqrt(c0)
     if c1:
-        torch.mul(x.mT, math.sqrt(c1 / math.sqrt(D)), out=out[:, row : row + D])
-        row += D
+        torch.mul(x.mT, math.sqrt(c1 / math.sqrt(D)), out=room[:, before - D : before])
     if c2:
-        twice = torch.cat([x.mT, x.mT], dim=1).mul_((c2 / D) ** 0.25)  # (N, 2D, C)
-        left = twice[:, :D]
-        for turn in range(D // 2 + 1):
-            rows = min(D, out.shape[1] - row)  # the last rotation is half a one when D is even
-            torch.mul(left[:, :rows], twice[:, turn : turn + rows], out=out[:, row : row + rows])
-            left = twice[:, :D] * math.sqrt(2) if turn == 0 else left
-            row += rows
-    return out
+        x, rotated, products = rotations(x, (2 * c2 / D) ** 0.25, room, before)
+        torch.mul(x.unsqueeze(1), rotated, out=products)  # √2 x_a x_b ...
+        products[:, 0] *= math.sqrt(0.5)  # ... but x_a² occurs once
+    return room
 
 
 def chunk_features_backward(x, grad, coefficients):
-    """The gradient of x (N, C, D), from the gradient of φ(x)ᵀ (N, P, C)."""
-    (c0, c1, c2), D, row = coefficients, x.shape[-1], 0
-    row = 1 if c0 else 0
-    dx = torch.zeros_like(x.mT)  # (N, D, C)
-    if c1:
-        dx += grad[:, row : row + D] * math.sqrt(c1 / math.sqrt(D))
-        row += D
-    if c2:
-        scale = (c2 / D) ** 0.25
-        twice = torch.cat([x.mT, x.mT], dim=1)
-        d_twice = torch.zeros_like(twice)
-        for turn in range(D // 2 + 1):  # product rule: d(x_a x_b) = x_b dx_a + x_a dx_b
-            rows = min(D, grad.shape[1] - row)
-            d_phi, factor = grad[:, row : row + rows], scale * scale * (math.sqrt(2) if turn else 1)
-            d_twice[:, :rows].addcmul_(d_phi, twice[:, turn : turn + rows], value=factor)
-            d_twice[:, turn : turn + rows].addcmul_(d_phi, twice[:, :rows], value=factor)
-            row += rows
-        dx += d_twice[:, :D] + d_twice[:, D:]
-    return dx.mT
+    """dx (N, C, D) from x (N, C, D) and the gradient of φ(x)ᵀ (N, rows, C), which is overwritten."""
+    (c0, c1, c2), D = coefficients, x.shape[-1]
+    before = bool(c0) + bool(c1) * D
+    linear = grad[:, before - D : before] * math.sqrt(c1 / math.sqrt(D)) if c1 else 0
+    if not c2:
+        return linear.mT
+    scale = (2 * c2 / D) ** 0.25
+    x, rotated, g = rotations(x, scale, grad, before)
+    g[:, 0] *= math.sqrt(0.5)
+    d_twice = torch.zeros(x.shape[0], 2 * D, x.shape[2], dtype=x.dtype, device=x.device)
+    for turn in range(D // 2 + 1):  # product rule, d(x_a x_b) = x_a dx_b + x_b dx_a: the rotated factor ...
+        d_twice[:, turn : turn + D].addcmul_(g[:, turn], x)
+    dx = g.mul_(rotated).sum(1)  # ... and the one at rest
+    return (dx + d_twice[:, :D] + d_twice[:, D:]).mul_(scale).add_(linear).mT
 
 # %% The forward sweep: four steps a chunk
-def forward_sweep(q, k, v, S, o, inverse, coefficients, C, keep):
-    """q, k (N, T, D), v (N, T, Dv), S (N, P, V) or None -> the state after T, the list of states before each chunk.
+# Everything of a chunk's size is written into room that is reserved once: fresh memory costs more than arithmetic.
+def forward_sweep(q, k, v, S, o, inverse, past, coefficients, C, keep):
+    """q, k (N, T, D), v (N, T, Dv), S (N, P, V) or None -> the state after T, if `keep`.
 
-    Writes o (N, T, Dv) and inverse = 1/den (N, T, 1). keep: "all" states, the "last" one, or None.
+    Writes o (N, T, Dv), inverse = 1/den (N, T, 1), and appends the state before each chunk to `past` if it is a list.
     """
     (N, T, D), Dv, weight = q.shape, v.shape[-1], complete_square(coefficients, q.shape[-1])
-    U, PHI, past = q.new_empty(N, C, C), q.new_empty(N, num_rows(coefficients, D), C), []
+    V1, U, (PHI, P) = with_ones(v[:, :C]), q.new_empty(N, C, C), feature_room(q, coefficients, C)
+    NUM = torch.empty_like(V1)
     for t in range(0, T, C):
-        qc, kc, v1 = q[:, t : t + C], k[:, t : t + C], with_ones(v[:, t : t + C])
-        c = qc.shape[1]  # C, less in the last chunk
-        u, phi = U[:, :c, :c], PHI[..., :c]
-        past.append(S)
+        now = slice(t, min(t + C, T))
+        c, qc, kc = now.stop - t, q[:, now], k[:, now]  # c = C, less in the last chunk
+        v1, u, num, phi = V1[:, :c], U[:, :c, :c], NUM[:, :c], PHI[..., :c]
+        v1[..., :Dv] = v[:, now]
         # 1. Inside the chunk: the quadratic form.
-        num = weigh(inner(qc, kc, weight, out=u), weight) @ v1  # (N, c, V)
+        torch.bmm(weigh(inner(qc, kc, weight, out=u), weight), v1, out=num)
         # 2. Everything before: the state, read by φ(q).
         if S is not None:
-            num.baddbmm_(chunk_features(qc, coefficients, out=phi).mT, S)
+            num.baddbmm_(chunk_features(qc, coefficients, phi)[:, :P].mT, S)
         # 3. One division: the normaliser is the column of ones.
-        inv = torch.add(num[..., Dv : Dv + 1], EPS).reciprocal_()
-        torch.mul(num[..., :Dv], inv, out=o[:, t : t + C])
-        inverse[:, t : t + C] = inv
-        # 4. The chunk joins the state (not needed after the last one, unless somebody goes on from there).
-        if keep or t + C < T:
-            phi = chunk_features(kc, coefficients, out=phi)
+        torch.add(num[..., Dv : Dv + 1], EPS, out=inverse[:, now]).reciprocal_()
+        torch.mul(num[..., :Dv], inverse[:, now], out=o[:, now])
+        # 4. The chunk joins the state (after the last one only if somebody goes on from there).
+        if past is not None:
+            past.append(S)
+        if keep or now.stop < T:
+            phi = chunk_features(kc, coefficients, phi)[:, :P]
             S = torch.bmm(phi, v1) if S is None else torch.baddbmm(S, phi, v1)
-    return S, past
+    return S if keep else None
 
 # %% The backward sweep: the same chunks, from the end
 # With num = Σ w v and den = Σ w, the gradients of the two are do/den and −δ/den, δ = do·o: side by side they are
 # the gradient of one product with [v, 1]. What S was to the forward sweep, R = Σ_i φ(q_i) [do_i, −δ_i]ᵀ/den_i over
 # *later* i is to this one; it is built up anew, never by subtracting from a total, which would leave rounding errors.
-# Features are computed again from q and k: stored, they would be 136 numbers a token where q has 16.
 def backward_sweep(q, k, v, do, o, inverse, past, R, grads, coefficients, C):
     """The mirror of `forward_sweep`: writes dq, dk, dv = grads; R (N, P, V), the gradient of the final state, or
     None -> the gradient of the initial state."""
     (N, T, D), Dv, weight = q.shape, v.shape[-1], complete_square(coefficients, q.shape[-1])
-    U, PHI = q.new_empty(2, N, C, C), q.new_empty(N, num_rows(coefficients, D), C)
-    for i, t in reversed(list(enumerate(range(0, T, C)))):
-        qc, kc, v1, oc = q[:, t : t + C], k[:, t : t + C], with_ones(v[:, t : t + C]), o[:, t : t + C]
-        c, S = qc.shape[1], past[i]
-        (u, du), phi = U[..., :c, :c], PHI[..., :c]
+    V1, (U, DU), (PHI, P) = with_ones(v[:, :C]), q.new_empty(2, N, C, C), feature_room(q, coefficients, C)
+    D1, DV, DPHI, scale = torch.zeros_like(V1), torch.empty_like(V1), torch.zeros_like(PHI), weight.scale
+    for t in reversed(range(0, T, C)):
+        now = slice(t, min(t + C, T))
+        c, S, qc, kc = now.stop - t, past[t // C], q[:, now], k[:, now]
+        v1, d1, dv, u, du = V1[:, :c], D1[:, :c], DV[:, :c], U[:, :c, :c], DU[:, :c, :c]
+        phi, dphi, v1[..., :Dv] = PHI[..., :c], DPHI[..., :c], v[:, now]
         # 3. The division: the gradient of [num, den].
-        d1 = torch.zeros_like(v1)  # (N, c, V)
-        torch.mul(do[:, t : t + C], inverse[:, t : t + C], out=d1[..., :Dv])
-        torch.sum(d1[..., :Dv] * oc, -1, out=d1[..., Dv]).neg_()
-        # 1. Inside the chunk: w is computed again. sim = u², so du = 2u·dw.
+        torch.mul(do[:, now], inverse[:, now], out=d1[..., :Dv])
+        torch.sum(d1[..., :Dv] * o[:, now], -1, out=d1[..., Dv]).neg_()
+        # 1. Inside the chunk: w is computed again; where sim = u², du = 2u·dw.
         inner(qc, kc, weight, out=u)
         torch.bmm(d1, v1.mT, out=du)
-        du = (du.mul_(u) if weight.square else du).tril_()
-        dv = weigh(u, weight).mT @ d1
-        scale = weight.scale * (2 if weight.square else 1)
-        dq, dk = (du @ kc).mul_(scale), (du.mT @ qc).mul_(scale)
-        # 2. Everything before: dφ(q) = [do, −δ]/den Sᵀ.
-        if S is not None:
-            torch.bmm(S, d1.mT, out=phi)
-            dq += chunk_features_backward(qc, phi, coefficients)
+        du = du.mul_(u).mul_(2).tril_() if weight.square else du.tril_()
+        torch.bmm(weigh(u, weight).mT, d1, out=dv)
+        dq, dk = torch.bmm(du, kc).mul_(scale), torch.bmm(du.mT, qc).mul_(scale)
+        # 2. Everything before: dφ(q) = [do, −δ]/den Sᵀ; and R goes on to it.
         # 4. Everything after: dφ(k) = [v, 1] Rᵀ, and φ(k) carries R into dv.
         if R is not None:
-            torch.bmm(R, v1.mT, out=phi)
-            dk += chunk_features_backward(kc, phi, coefficients)
-            dv.baddbmm_(chunk_features(kc, coefficients, out=phi).mT, R)
-        for grad, part in zip(grads, (dq, dk, dv[..., :Dv]), strict=True):
-            grad[:, t : t + C] = part
+            torch.bmm(R, v1.mT, out=dphi[:, :P])
+            dk += chunk_features_backward(kc, dphi, coefficients)
+            dv.baddbmm_(chunk_features(kc, coefficients, phi)[:, :P].mT, R)
         if S is not None:
-            phi = chunk_features(qc, coefficients, out=phi)
+            torch.bmm(S, d1.mT, out=dphi[:, :P])
+            dq += chunk_features_backward(qc, dphi, coefficients)
+            phi = chunk_features(qc, coefficients, phi)[:, :P]
             R = torch.bmm(phi, d1) if R is None else torch.baddbmm(R, phi, d1)
+        for grad, part in zip(grads, (dq, dk, dv[..., :Dv]), strict=True):
+            grad[:, now] = part
     return R
 
 
@@ -308,37 +317,30 @@ def with_ones(v):
     return F.pad(v, (0, 16 - v.shape[-1] % 16), value=1.0)
 
 
-def num_rows(coefficients, D):
-    """P of the polynomial with these coefficients."""
-    c0, c1, c2 = coefficients
-    return bool(c0) + bool(c1) * D + bool(c2) * D * (D + 1) // 2
-
-
 class ChunkedAttention(torch.autograd.Function):
-    """The two sweeps as one differentiable operation, a few heads at a time so that the chunk stays in cache."""
+    """The two sweeps as one differentiable operation, a few heads at a time so that a chunk stays in cache."""
 
     @staticmethod
     def forward(ctx, q, k, v, S, coefficients, C, keep):
-        o, inverse = torch.empty_like(v), torch.empty_like(v[..., :1])
-        groups = head_groups(q, C)
-        sweeps = [
-            forward_sweep(q[g], k[g], v[g], None if S is None else S[g], o[g], inverse[g], coefficients, C, keep)
-            for g in groups
+        o, inverse, groups = torch.empty_like(v), torch.empty_like(v[..., :1]), head_groups(q, C)
+        pasts = [[] if any(ctx.needs_input_grad) else None for _ in groups]
+        final = [
+            forward_sweep(q[g], k[g], v[g], None if S is None else S[g], o[g], inverse[g], past, coefficients, C, keep)
+            for g, past in zip(groups, pasts, strict=True)
         ]
-        if any(ctx.needs_input_grad):
-            ctx.save_for_backward(q, k, v, o, inverse)
-            ctx.past, ctx.rest = [past for _, past in sweeps], (coefficients, C, groups)
-        return o, torch.cat([final for final, _ in sweeps]) if keep else None
+        ctx.save_for_backward(q, k, v, o, inverse)
+        ctx.rest = groups, pasts, coefficients, C
+        return o, torch.cat(final) if keep else None
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, do, dS):
-        (q, k, v, o, inverse), (coefficients, C, groups) = ctx.saved_tensors, ctx.rest
+        (q, k, v, o, inverse), (groups, pasts, coefficients, C) = ctx.saved_tensors, ctx.rest
         grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         first = [
             backward_sweep(q[g], k[g], v[g], do[g], o[g], inverse[g], past, None if dS is None else dS[g],
                            [grad[g] for grad in grads], coefficients, C)
-            for g, past in zip(groups, ctx.past, strict=True)
+            for g, past in zip(groups, pasts, strict=True)
         ]
         return *grads, torch.cat(first) if ctx.needs_input_grad[3] else None, None, None, None
 
@@ -383,7 +385,7 @@ def chunked_attention(q, k, v, kernel, state=None, return_state=False, chunk_siz
     if coefficients is None:  # sim = φ(q)·φ(k): the linear polynomial of the features, √D undoing that of s
         q, k = kernel.features(q), kernel.features(k)
         coefficients = (0.0, math.sqrt(q.shape[-1]), 0.0)
-    D, P, V = q.shape[-1], num_rows(coefficients, q.shape[-1]), with_ones(v[:1, :1, :1]).shape[-1]
+    D, P, V = q.shape[-1], kernel.num_features, Dv + 16 - Dv % 16
     if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
         raise ValueError(f"chunk_size must be a positive integer or None, got {chunk_size!r}")
     C = min(T, chunk_size or best_chunk(B * H, T, D, V, P))
