@@ -111,7 +111,13 @@ def show_example():
     print("labels     " + "".join(f"{label if label >= 0 else '.':>6}" for label in labels[0].tolist()) + "\n")
 
 # %% What is run: every field can be set from the command line
-LEARNING_RATES = {}  # chosen by --search on its own seeds; its runs are in results/mqar_search.jsonl
+LEARNING_RATES = {  # what --search marked as best, on seeds that are not reported; its runs: results/mqar_search.jsonl
+    "conv_attention": 0.003,
+    "rebased": 0.01,
+    "based": 0.003,
+    "based_no_floor": 0.003,
+    "rebased_floor": 0.02,
+}
 TITLES = {
     "conv_attention": "softmax",
     "rebased": "ReBased",

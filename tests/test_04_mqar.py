@@ -2,6 +2,7 @@
 import json
 import math
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
@@ -174,3 +175,16 @@ def test_impossible_settings_are_named(arguments, message, capsys):
         m.main(arguments)
     assert stop.value.code == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_learning_rates_are_those_of_the_search():
+    """LEARNING_RATES is what results/mqar_search.jsonl says: the best mean over all cells, on seeds the table has not."""
+    rows = m.read_rows(Path(m.__file__).parent / "results" / "mqar_search.jsonl")
+    assert {row["seed"] for row in rows}.isdisjoint(m.Experiment().seeds)
+    for mixer, rate in m.LEARNING_RATES.items():
+        means = {}
+        for row in rows:
+            if row["mixer"] == mixer:
+                means.setdefault(row["learning_rate"], []).extend(cell["accuracy"] for cell in row["cells"].values())
+        assert set(means) == set(m.GRID)
+        assert max(means, key=lambda rate: sum(means[rate]) / len(means[rate])) == rate
