@@ -22,6 +22,7 @@ Letters: B batch, H heads, T time, D query/key dimension, Dv value dimension, P 
 References: [P], [K] as in 01; chunks: Hua et al., Transformer Quality in Linear Time, ICML 2022, arXiv 2202.10447.
 
 Run: python 02_linear_attention.py     (15 seconds: predicted and measured cost, runs/02_linear_attention.png, checks)
+     python 02_linear_attention.py --benchmark --threads 1     (15 minutes: against softmax, up to 65,536 tokens)
 """
 # %%
 import argparse
@@ -248,7 +249,7 @@ def forward_sweep(q, k, v, S, o, inverse, past, coefficients, C, keep):
 
     Writes o (N, T, Dv), inverse = 1/den (N, T, 1), and appends the state before each chunk to `past` if it is a list.
     """
-    (N, T, D), Dv, weight = q.shape, v.shape[-1], complete_square(coefficients, q.shape[-1])
+    (N, T, _), Dv, weight = q.shape, v.shape[-1], complete_square(coefficients, q.shape[-1])
     V1, U, (PHI, P) = with_ones(v[:, :C]), q.new_empty(N, C, C), feature_room(q, coefficients, C)
     NUM = torch.empty_like(V1)
     for t in range(0, T, C):
@@ -279,7 +280,7 @@ def forward_sweep(q, k, v, S, o, inverse, past, coefficients, C, keep):
 def backward_sweep(q, k, v, do, o, inverse, past, R, grads, coefficients, C):
     """The mirror of `forward_sweep`: writes dq, dk, dv = grads; R (N, P, V), the gradient of the final state, or
     None -> the gradient of the initial state."""
-    (N, T, D), Dv, weight = q.shape, v.shape[-1], complete_square(coefficients, q.shape[-1])
+    (N, T, _), Dv, weight = q.shape, v.shape[-1], complete_square(coefficients, q.shape[-1])
     V1, (U, DU), (PHI, P) = with_ones(v[:, :C]), q.new_empty(2, N, C, C), feature_room(q, coefficients, C)
     D1, DV, DPHI, scale = torch.zeros_like(V1), torch.empty_like(V1), torch.zeros_like(PHI), weight.scale
     for t in reversed(range(0, T, C)):
@@ -469,10 +470,12 @@ def check_cut_save_resume():
 CHECKS = [check_forms_agree, check_first_row_is_v0, check_the_future_is_not_seen, check_cut_save_resume]
 
 # %% What each form must cost, before it is timed
-# Per head. FLOPs are multiplications and additions; bytes are what cannot stay in cache: every pass of the quadratic
-# form over its T² weights, every prefix of the linear one, the state of the recurrent one at each token.
-def predicted_cost(form, T, D, Dv, P):
-    """(FLOPs, bytes moved, bytes held, calls) of one head, float32, forward."""
+# Forward, per head. FLOPs are multiplications and additions; bytes are those that cannot stay in cache: every pass of
+# the quadratic form over its T² weights, every prefix of the linear one, the state of the recurrent one at each token.
+def predicted_cost(form, T, D=16, Dv=64, P=136):
+    """(FLOPs, bytes moved, bytes held, calls) of one head in float32. softmax: PyTorch's fused kernel, head size Dv."""
+    if form == "softmax":
+        return 2 * T * T * Dv, 16 * T * Dv, 4 * T * Dv, 1
     if form == "quadratic":
         return 2 * T * T * (D + Dv), 4 * 9 * T * T, 4 * 3 * T * T, 10
     if form == "linear":
@@ -480,76 +483,104 @@ def predicted_cost(form, T, D, Dv, P):
     if form == "recurrent":
         return 4 * T * P * Dv, 4 * 5 * T * P * Dv, 4 * P * Dv, 25 * T
     C = best_chunk(1, T, D, Dv + 16, P)
-    moved = 4 * T * (2 * D + 2 * Dv) + 4 * 2 * P * Dv * T // C
-    return T * (4 * P * Dv + 2 * C * (D + Dv)), moved, 4 * P * Dv * 2, 40 * T // C
+    return T * (4 * P * Dv + 2 * C * (D + Dv)), 8 * T * (D + Dv) + 8 * P * Dv * T // C, 4 * T * Dv, 25 * T // C
 
 
 def machine_speed():
     """(FLOP/s of a matrix product, bytes/s of a copy, seconds of an empty call) of this machine, now."""
-    a, b = torch.randn(1024, 1024), torch.randn(2**24)
-    tiny = torch.zeros(1)
-    return 2 * 1024**3 / seconds(lambda: a @ a), 8 * 2**24 / seconds(lambda: b.clone()), seconds(lambda: tiny + 1)
+    a, b, tiny = torch.randn(1024, 1024), torch.randn(2**24), torch.zeros(1)
+    times = interleaved({"product": lambda: a @ a, "copy": b.clone, "call": lambda: tiny + 1}, repeats=9)
+    return 2 * 1024**3 / times["product"], 8 * 2**24 / times["copy"], times["call"]
 
 
-def seconds(call, repeats=5):
-    """Median time of a call, the first one not counted."""
-    call()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return sorted(times)[repeats // 2]
+def interleaved(calls, repeats=5):
+    """{name: median seconds} of calls that take turns, so that a slow moment of the machine meets all; one warm-up."""
+    times = {name: [] for name in calls}
+    for turn in range(repeats + 1):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            times[name] += [time.perf_counter() - start] if turn else []
+    return {name: sorted(values)[repeats // 2] for name, values in times.items()}
 
-
-# %% The table and the figure
+# %% Timing the forms
+HEADS, SIZE, VALUE_SIZE = 4, 16, 64  # B = 1; softmax gets heads of 64 for q, k and v, as a transformer would
 FORMS = {
     "quadratic": quadratic_attention,
     "linear": linear_attention,
     "recurrent": recurrent_attention,
     "chunked": chunked_attention,
 }
-B, H, D, DV = 1, 4, 16, 64
 
 
-@torch.no_grad()
-def measure(lengths):
-    """Rows (form, T, FLOPs, bytes, predicted seconds, measured seconds or None where it would not fit)."""
-    kernel, (flops_rate, byte_rate, call) = kernels.ReBasedKernel(D), machine_speed()
-    for form, function in FORMS.items():
-        for T in lengths:
-            flops, moved, held, calls = predicted_cost(form, T, D, DV, kernel.num_features)
-            predicted = H * (flops / flops_rate + moved / byte_rate) + calls * call
-            q, k, v = torch.rand(2, B, H, T, D).unbind() + (torch.randn(B, H, T, DV),)
-            fits = H * held < 2e9 and predicted < 1
-            measured = seconds(lambda: function(q, k, v, kernel), 3) if fits else None  # noqa: B023
-            yield form, T, H * flops, H * moved, predicted, measured
+def make_call(form, T, backward):
+    """A function of no arguments that runs the form once, forward or forward and backward, on inputs of its own."""
+    size = VALUE_SIZE if form == "softmax" else SIZE
+    inputs = [*torch.rand(2, 1, HEADS, T, size).add_(0.1).unbind(), torch.randn(1, HEADS, T, VALUE_SIZE)]
+    inputs = [x.requires_grad_(backward) for x in inputs]
+    if form == "softmax":
+        forward = functools.partial(F.scaled_dot_product_attention, *inputs, is_causal=True)
+    else:
+        forward = functools.partial(FORMS[form], *inputs, kernels.ReBasedKernel(SIZE))
+    upstream = torch.randn_like(inputs[2])
+    return (lambda: torch.autograd.grad(forward(), inputs, upstream)) if backward else forward
 
 
-def print_table(rows):
-    """Predicted and measured milliseconds, a line per form and length."""
-    print(f"ReBased, float32, forward, B={B} H={H} D={D} Dv={DV}, {torch.get_num_threads()} threads.\n")
+def prediction(form, T, speed, backward=False):
+    """(GFLOP, GB moved, seconds, GB held) of all heads; a backward pass takes two to three times the forward."""
+    (flops, moved, held, calls), (flop_rate, byte_rate, call) = predicted_cost(form, T), speed
+    took = HEADS * (flops / flop_rate + moved / byte_rate) + calls * call
+    return HEADS * flops / 1e9, HEADS * moved / 1e9, took * (3.5 if backward else 1), HEADS * held / 1e9
+
+
+def print_table(lengths):
+    """Forward: predicted and measured milliseconds, a line per form and length; returns rows (form, T, both)."""
+    speed, rows = machine_speed(), []
+    print(f"ReBased, float32, forward, B=1 H={HEADS} D={SIZE} Dv={VALUE_SIZE}, {torch.get_num_threads()} threads.\n")
     print(f"{'form':12}{'T':>7}{'GFLOP':>10}{'GB moved':>10}{'predicted':>12}{'measured':>12}")
-    for form, T, flops, moved, predicted, measured in rows:
-        shown = f"{measured * 1e3:9.2f} ms" if measured else f"{'–':>12}"
-        print(f"{form:12}{T:7,}{flops / 1e9:10.3f}{moved / 1e9:10.3f}{predicted * 1e3:9.2f} ms{shown}")
+    for form in FORMS:
+        for T in lengths:
+            flops, moved, predicted, held = prediction(form, T, speed)
+            fits = held < 2 and predicted < 1
+            measured = interleaved({form: make_call(form, T, False)}, 3)[form] if fits else None
+            shown = f"{measured * 1e3:9.2f} ms" if fits else f"{'–':>12}"
+            print(f"{form:12}{T:7,}{flops:10.3f}{moved:10.3f}{predicted * 1e3:9.2f} ms{shown}")
+            rows.append((form, T, predicted, measured))
     print("– not run: it would hold more than 2 GB, or take more than a second.\n")
+    return rows
 
 
-def draw(rows, path):
-    """Time against T on logarithmic axes: points measured, lines predicted."""
+def read_table(rows):
+    """The sentences under the table, from its numbers."""
+    time_of = {(form, T): measured for form, T, _, measured in rows if measured}
+    for form in ("quadratic", "recurrent"):
+        T = max(T for name, T in time_of if name == form)
+        ratio = time_of[form, T] / time_of["chunked", T]
+        print(f"At T = {T:,} the {form} form takes {ratio:.0f} times as long as the chunked one.")
+    growth = time_of["chunked", 8192] / time_of["chunked", 2048]
+    print(f"From 2,048 to 8,192 tokens, four times as many, the chunked form takes {growth:.1f} times as long: linear time.\n")
+
+# %% The figure
+def draw(curves, path, title):
+    """Milliseconds against T on logarithmic axes. curves: [(label, colour number, line style, [(T, seconds)])]."""
     plt = kernels.pyplot()
     if plt is None:
         return
     figure, axis = plt.subplots(figsize=(6.5, 4.2), layout="constrained")
-    for i, form in enumerate(FORMS):
-        lengths, predicted, measured = zip(*[(row[1], row[4], row[5]) for row in rows if row[0] == form], strict=True)
-        axis.plot(lengths, [x * 1e3 for x in predicted], ":", color=f"C{i}")
-        axis.plot(lengths, [x and x * 1e3 for x in measured], "o-", color=f"C{i}", label=form)
-    axis.set(xscale="log", yscale="log", xlabel="T", ylabel="ms, forward", title="one layer, four ways (dotted: predicted)")
-    axis.legend(frameon=False)
+    for label, colour, style, points in curves:
+        lengths, times = zip(*points, strict=True)
+        axis.plot(lengths, [x * 1e3 for x in times], style, color=f"C{colour}", label=label)
+    axis.set(xscale="log", yscale="log", xlabel="T", ylabel="milliseconds", title=title)
+    axis.legend(frameon=False, fontsize=9)
     figure.savefig(path, dpi=120)
     print(f"figure: {path}\n")
+
+
+def table_curves(rows):
+    """The predictions dotted, the measurements solid."""
+    for i, form in enumerate(FORMS):
+        yield None, i, ":", [(T, predicted) for name, T, predicted, _ in rows if name == form]
+        yield form, i, "o-", [(T, measured) for name, T, _, measured in rows if name == form and measured]
 
 
 def main(argv=None):
@@ -557,17 +588,17 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="02: one layer as four forms, predicted and measured (15 seconds)")
     parser.add_argument("--figure", type=kernels.writable, default="runs/02_linear_attention.png",
                         help="where to draw it (%(default)s)")
+    parser.add_argument("--benchmark", action="store_true",
+                        help="all forms and softmax, T from 256 to 65,536, forward and backward (15 minutes on one core)")
+    parser.add_argument("--threads", type=int, choices=range(1, 257), metavar="N", help="threads of PyTorch (all cores)")
     options = kernels.parse_arguments(parser, argv)
-    rows = list(measure((128, 512, 2048, 8192)))
-    print_table(rows)
-    time_of = {(form, T): measured for form, T, *_, measured in rows if measured}
-    for form in ("quadratic", "recurrent"):
-        longest = max(T for name, T in time_of if name == form)
-        ratio = time_of[form, longest] / time_of["chunked", longest]
-        print(f"At T = {longest:,} the {form} form takes {ratio:.0f} times as long as the chunked one.")
-    growth = time_of["chunked", 8192] / time_of["chunked", 2048]
-    print(f"From 2,048 to 8,192 tokens, four times as many, the chunked form takes {growth:.1f} times as long: linear time.\n")
-    draw(rows, options.figure)
+    torch.set_num_threads(options.threads or torch.get_num_threads())
+    if options.benchmark:
+        import_module("02_linear_attention_benchmark").run(options.figure)
+    else:
+        rows = print_table((128, 512, 2048, 8192))
+        read_table(rows)
+        draw(table_curves(rows), options.figure, "one layer, four ways (dotted: predicted)")
     return kernels.run_checks(CHECKS)
 
 

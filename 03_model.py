@@ -19,13 +19,13 @@ Letters: as in 02; d_model the width of the model, V the vocabulary, n the numbe
 
 References: [P], [C], [K] as in 01; [S] Shazeer, GLU Variants Improve Transformer, arXiv 2002.05202.
 
-Run: python 03_model.py      (15 seconds: bytes and milliseconds per decoded token, checks)
+Run: python 03_model.py      (10 seconds: bytes and milliseconds per decoded token, checks)
+     python 03_model.py --benchmark      (1 minute: batch 1 and 32, contexts up to 65,536)
 """
 # %%
 import argparse
 import math
 import sys
-import time
 from dataclasses import dataclass
 from importlib import import_module
 
@@ -433,45 +433,65 @@ def check_the_papers_parameter_counts():
 CHECKS = [check_decoding_equals_forward, check_rows_are_rows, check_the_papers_parameter_counts]
 
 # %% The table: what one more token costs
-CONTEXTS = (256, 1024, 4096, 16384)
-
-
+# The states are filled with random numbers instead of a prefill: what a step costs does not depend on what they hold.
 def state_bytes(state):
     """Bytes of the tensors in a state."""
     return state.nbytes if isinstance(state, torch.Tensor) else sum(state_bytes(part) for part in state)
 
 
+def states_after(model, context, batch):
+    """States as they are after `context` tokens: of constant size, but for a softmax cache."""
+    _, states = model.prefill(torch.zeros(batch, 1, dtype=torch.int64))
+    for i, name in enumerate(model.config.mixers):
+        if name == "attention":
+            heads, size = model.config.heads, model.config.d_model // model.config.heads
+            states[i] = tuple(torch.randn(2, batch, heads, context, size).unbind())
+    return states
+
+
 @torch.no_grad()
-def decoding_cost(mixer, context, steps=30):
-    """(bytes of all states, median seconds of a step) after `context` tokens."""
+def decoding_cost(mixer, context, batch, steps=20):
+    """(bytes of all states, median seconds of a step, of its attention alone if it is softmax) after `context` tokens."""
     torch.manual_seed(0)
-    model = LanguageModel(recall_config(mixer, d_model=256, heads=4)).eval()
-    tokens = torch.randint(256, (1, context))
-    _, states = model.prefill(tokens)
-    times = []
-    for t in range(steps):
-        start = time.perf_counter()
-        _, states = model.step(tokens[:, t], states)
-        times.append(time.perf_counter() - start)
-    return state_bytes(states), sorted(times)[steps // 2]
+    model = LanguageModel(recall_config(mixer, d_model=128, heads=2)).eval()
+    states, tokens = states_after(model, context, batch), torch.zeros(batch, dtype=torch.int64)
+    calls = {"step": lambda: model.step(tokens, states)}
+    if mixer == "conv_attention":
+        (k, v), q = states[1], torch.randn(batch, 2, 1, 64)
+        calls["attention"] = lambda: F.scaled_dot_product_attention(q, k, v)
+    times = linear_attention.interleaved(calls, steps)
+    return state_bytes(states), times["step"], times.get("attention")
+
+
+def print_decoding(contexts, batches):
+    """Bytes of state and milliseconds a step for each mixer; returns {(batch, mixer, context): (bytes, seconds, ...)}."""
+    print("One more token after a context of T: size of all states, milliseconds a step. Two layers, d_model 128, 2 heads.\n")
+    print(f"{'batch':6}{'mixer':24}" + "".join(f"{f'T = {T:,}':>22}" for T in contexts))
+    costs = {}
+    for batch in batches:
+        for mixer in ("conv_attention", "based", "rebased"):
+            row = costs[batch, mixer] = [decoding_cost(mixer, T, batch) for T in contexts]
+            cells = "".join(f"{size / 2**20:10.2f} MB{time * 1e3:6.2f} ms" for size, time, _ in row)
+            print(f"{batch:<6}{mixer:24}{cells}")
+            if mixer == "conv_attention":
+                print(f"{'':6}{'  its attention alone':24}" + "".join(f"{time * 1e3:19.2f} ms" for *_, time in row))
+    print("The softmax cache is a value here, copied to grow at each step; in place it would cost its attention alone.\n")
+    return costs
 
 
 def main(argv=None):
     """The table, its reading, the checks; returns how many checks failed."""
-    parser = argparse.ArgumentParser(description="03: the language model; what decoding one token costs (15 seconds)")
-    kernels.parse_arguments(parser, argv)
-    print("One more token after a context of T: kilobytes of state, milliseconds. Two layers, d_model 256, 4 heads.\n")
-    print(f"{'mixer':16}{'parameters':>11}" + "".join(f"{f'T = {T:,}':>19}" for T in CONTEXTS))
-    costs = {}
-    for mixer in ("conv_attention", "based", "rebased"):
-        parameters = count_parameters(recall_config(mixer, d_model=256, heads=4))
-        costs[mixer] = [decoding_cost(mixer, T) for T in CONTEXTS]
-        cells = "".join(f"{size / 1024:9,.0f} KB{time * 1e3:5.2f} ms" for size, time in costs[mixer])
-        print(f"{mixer:16}{parameters:11,}{cells}")
-    (first, _), (last, _) = costs["conv_attention"][0], costs["conv_attention"][-1]
-    print(f"\nThe softmax cache grew {last / first:.0f} times from T = {CONTEXTS[0]} to {CONTEXTS[-1]:,}; the states of Based")
-    print(f"and ReBased have the same {costs['rebased'][0][0] / 1024:.0f} KB at every T: they cost more than a short cache, "
-          "less than a long one.\n")
+    parser = argparse.ArgumentParser(description="03: the language model; what decoding one token costs (10 seconds)")
+    parser.add_argument("--benchmark", action="store_true", help="batch 1 and 32, contexts to 65,536 (1 minute, 9 GB)")
+    options = kernels.parse_arguments(parser, argv)
+    contexts, batches = ((1024, 4096, 16384, 65536), (1, 32)) if options.benchmark else ((256, 1024, 4096, 16384), (1,))
+    costs = print_decoding(contexts, batches)
+    for batch in batches:
+        softmax, rebased = costs[batch, "conv_attention"], costs[batch, "rebased"]
+        print(f"From T = {contexts[0]:,} to {contexts[-1]:,} the softmax states grew {softmax[-1][0] / softmax[0][0]:.0f} times "
+              f"and a step took {softmax[-1][1] / softmax[0][1]:.1f} times as long; ReBased's kept the same "
+              f"{rebased[0][0] / 2**20:.2f} MB, a step took {rebased[-1][1] / rebased[0][1]:.1f} times as long (batch {batch}).")
+    print()
     return kernels.run_checks(CHECKS)
 
 

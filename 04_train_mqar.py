@@ -29,17 +29,14 @@ import json
 import math
 import multiprocessing
 import os
-import platform
 import signal
-import subprocess
 import sys
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from datetime import date
 from importlib import import_module
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -81,7 +78,8 @@ def make_mqar(num_examples, seq_len, num_pairs, vocab_size, power_a=0.01, seed=0
     if num_examples < 1 or num_pairs < 1 or power_a <= 0:
         raise ValueError(f"need num_examples >= 1, num_pairs >= 1, power_a > 0; got {num_examples}, {num_pairs}, {power_a}")
     if seq_len < 4 * num_pairs:
-        raise ValueError(f"{num_pairs} pairs and their queries need 4·{num_pairs} = {4 * num_pairs} positions, seq_len is {seq_len}")
+        raise ValueError(f"{num_pairs} pairs and their queries need 4·{num_pairs} = {4 * num_pairs} positions, "
+                         f"seq_len is {seq_len}")
     if num_pairs > vocab_size // 2 - 1:
         raise ValueError(f"{num_pairs} distinct keys need a vocabulary of {2 * num_pairs + 2} or more, got {vocab_size}")
     generator, half = torch.Generator().manual_seed(seed), vocab_size // 2
@@ -302,8 +300,8 @@ def read_rows(path):
             break
         try:
             rows.append(json.loads(line))
-            rows[-1]["mixer"], rows[-1]["cells"]
-        except (json.JSONDecodeError, KeyError, TypeError):
+            _ = [rows[-1][field] for field in ("mixer", "learning_rate", "seed", "settings", "cells")]
+        except (json.JSONDecodeError, KeyError, TypeError, IndexError):
             raise ValueError(f"{path}, line {number} is not a row of results; mend it or choose another --output") from None
     return rows
 
@@ -318,17 +316,6 @@ def append_row(path, row):
         file.write(json.dumps(row).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
-
-
-def provenance(argv):
-    """What a reader of the row must know: command, code, machine, day."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"
-    return {"command": " ".join(["python 04_train_mqar.py", *argv]), "commit": commit, "date": date.today().isoformat(),
-            "hardware": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores", "torch": torch.__version__}
 
 
 def sweep(experiment, path, workers, extra):
@@ -567,9 +554,13 @@ def main(argv=None):
     show_example()
     start = time.perf_counter()
     try:
-        rows = sweep(experiment, path, options.workers, provenance(sys.argv[1:] if argv is None else argv))
+        rows = sweep(experiment, path, options.workers, kernels.provenance(__file__, sys.argv[1:] if argv is None else argv))
     except ValueError as error:
         parser.error(str(error))
+    except OSError as error:
+        parser.error(f"cannot write {path}: {error.strerror}; finished runs before this one are kept")
+    except BrokenProcessPool:
+        parser.error(f"a worker died (out of memory?); finished runs are in {path}, the same command goes on; try --workers 1")
     except KeyboardInterrupt:
         print(f"\ninterrupted: finished runs are in {path}; the same command goes on from there")
         raise SystemExit(130) from None

@@ -1,4 +1,5 @@
 """The specification of 01_kernels.py."""
+
 from importlib import import_module
 
 import pytest
@@ -48,7 +49,12 @@ def test_coefficients_are_those_of_the_scores(name):
     if name in ("elu", "elementwise"):
         assert kernel.coefficients is None
         return
-    expected = {"based": (1, 1, 0.5), "based_norm": (1, 1, 0.5), "based_no_floor": (0.5, 1, 0.5), "rebased_floor": (0.5, 0, 1)}
+    expected = {
+        "based": (1, 1, 0.5),
+        "based_norm": (1, 1, 0.5),
+        "based_no_floor": (0.5, 1, 0.5),
+        "rebased_floor": (0.5, 0, 1),
+    }
     assert kernel.coefficients == expected.get(name, (0, 0, 1))
     s = torch.linspace(-3, 3, 7, dtype=torch.float64)
     c0, c1, c2 = kernel.coefficients
@@ -89,19 +95,22 @@ def test_parameters_of_rebased():
     assert sum(p.numel() for p in kernels.TaylorKernel(16, heads=12).parameters()) == 0
 
 
-@pytest.mark.parametrize("make", [
-    lambda: kernels.TaylorKernel(0),
-    lambda: kernels.ReBasedKernel(16, heads=0),
-    lambda: kernels.ReBasedKernel(2.5),
-    lambda: kernels.ReBasedKernel(16, floor=-1.0),
-    lambda: kernels.TaylorKernel(16, floor=float("nan")),
-    lambda: kernels.ReBasedKernel(16, variant="cubed"),
-    lambda: kernels.ReBasedKernel(16).features(torch.randn(3, 15)),
-    lambda: kernels.ReBasedKernel(16).scores(torch.randn(3, 16), torch.randn(3, 8)),
-    lambda: kernels.ReBasedKernel(16, heads=2).prepare(torch.randn(1, 3, 16), torch.randn(1, 3, 32)),
-    lambda: kernels.exp_scores(torch.randn(3, 4), torch.randn(3, 5)),
-    lambda: kernels.exp_scores(torch.randn(3, 0), torch.randn(3, 0)),
-])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: kernels.TaylorKernel(0),
+        lambda: kernels.ReBasedKernel(16, heads=0),
+        lambda: kernels.ReBasedKernel(2.5),
+        lambda: kernels.ReBasedKernel(16, floor=-1.0),
+        lambda: kernels.TaylorKernel(16, floor=float("nan")),
+        lambda: kernels.ReBasedKernel(16, variant="cubed"),
+        lambda: kernels.ReBasedKernel(16).features(torch.randn(3, 15)),
+        lambda: kernels.ReBasedKernel(16).scores(torch.randn(3, 16), torch.randn(3, 8)),
+        lambda: kernels.ReBasedKernel(16, heads=2).prepare(torch.randn(1, 3, 16), torch.randn(1, 3, 32)),
+        lambda: kernels.exp_scores(torch.randn(3, 4), torch.randn(3, 5)),
+        lambda: kernels.exp_scores(torch.randn(3, 0), torch.randn(3, 0)),
+    ],
+)
 def test_impossible_sizes_are_named(make):
     with pytest.raises(ValueError) as error:
         make()

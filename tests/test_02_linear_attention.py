@@ -1,4 +1,5 @@
 """The specification of 02_linear_attention.py: every form, every kernel, outputs and gradients."""
+
 from importlib import import_module
 
 import pytest
@@ -42,7 +43,9 @@ def test_claims_of_the_file(check):
 def test_the_oracle_is_the_definition(name):
     kernel = kernels.all_kernels(4, heads=2)[name].double()
     q, k, v = (x.detach() for x in la.example(kernel, T=7, B=2, H=2, Dv=3))
-    torch.testing.assert_close(la.quadratic_attention(q, k, v, kernel), plain_attention(q, k, v, kernel), rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        la.quadratic_attention(q, k, v, kernel), plain_attention(q, k, v, kernel), rtol=1e-12, atol=0
+    )
 
 
 @pytest.mark.parametrize("T", [1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5])
@@ -76,7 +79,11 @@ def test_gradients_through_the_states(name, form, T):
     weight = torch.randn(1, 2, kernel.num_features, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
 
     def loss(o, state):
-        return (o * torch.linspace(1, 2, o.numel(), dtype=o.dtype).view_as(o)).sum() + (state.S * weight).sum() + state.z.sum()
+        return (
+            (o * torch.linspace(1, 2, o.numel(), dtype=o.dtype).view_as(o)).sum()
+            + (state.S * weight).sum()
+            + state.z.sum()
+        )
 
     phi = kernel.features(k)
     whole = la.State(phi.mT @ v, phi.sum(2))
@@ -102,7 +109,9 @@ def test_float32(name, form):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("form", [la.quadratic_attention, la.linear_attention, la.recurrent_attention, la.chunked_attention])
+@pytest.mark.parametrize(
+    "form", [la.quadratic_attention, la.linear_attention, la.recurrent_attention, la.chunked_attention]
+)
 def test_half_precision_keeps_a_float32_state(form, dtype):
     """Half inputs give half outputs; sums and states stay float32, also under autocast."""
     kernel, inputs = kernels.ReBasedKernel(16), positive_example(200, dtype)
@@ -134,7 +143,9 @@ def test_a_state_is_a_value():
     _, state = la.chunked_attention(q[:, :, :20], k[:, :, :20], v[:, :, :20], kernel, return_state=True)
     kept = la.State(state.S.clone(), state.z.clone())
     rest = [x[:, :, 20:] for x in (q, k, v)]
-    once, twice = (la.chunked_attention(*rest, kernel, state=state, return_state=True, chunk_size=4)[0] for _ in range(2))
+    once, twice = (
+        la.chunked_attention(*rest, kernel, state=state, return_state=True, chunk_size=4)[0] for _ in range(2)
+    )
     assert torch.equal(once, twice) and torch.equal(kept.S, state.S) and torch.equal(kept.z, state.z)
 
 
@@ -147,7 +158,9 @@ def test_recurrent_step_is_one_token():
     torch.testing.assert_close(o, la.quadratic_attention(q, k, v, kernel)[:, :, -1], rtol=1e-9, atol=0)
 
 
-@pytest.mark.parametrize("form", [la.quadratic_attention, la.linear_attention, la.recurrent_attention, la.chunked_attention])
+@pytest.mark.parametrize(
+    "form", [la.quadratic_attention, la.linear_attention, la.recurrent_attention, la.chunked_attention]
+)
 @pytest.mark.parametrize("name", NAMES)
 def test_position_0_returns_v0(name, form):
     """ε is small beside any normaliser that occurs: float64, 80 rows."""
@@ -196,12 +209,26 @@ def test_chunk_choice_follows_the_cost():
 GOOD = {"q": (2, 3, 10, 8), "k": (2, 3, 10, 8), "v": (2, 3, 10, 5)}
 
 
-@pytest.mark.parametrize("form", [la.quadratic_attention, la.linear_attention, la.recurrent_attention, la.chunked_attention])
-@pytest.mark.parametrize("change", [
-    {"q": (2, 4, 10, 8)}, {"q": (2, 3, 10, 7), "k": (2, 3, 10, 7)}, {"k": (2, 3, 10, 7)}, {"v": (2, 3, 11, 5)}, {"k": (1, 3, 10, 8)},
-    {"q": (2, 3, 0, 8), "k": (2, 3, 0, 8), "v": (2, 3, 0, 5)}, {"q": (2, 3, 10, 0), "k": (2, 3, 10, 0)}, {"v": (2, 3, 10, 0)},
-    {"q": (2, 10, 8), "k": (2, 10, 8), "v": (2, 10, 5)}, {"q": (2, 3, 9, 8)}, {"q": ()}, {"v": ()},
-])
+@pytest.mark.parametrize(
+    "form", [la.quadratic_attention, la.linear_attention, la.recurrent_attention, la.chunked_attention]
+)
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"q": (2, 4, 10, 8)},
+        {"q": (2, 3, 10, 7), "k": (2, 3, 10, 7)},
+        {"k": (2, 3, 10, 7)},
+        {"v": (2, 3, 11, 5)},
+        {"k": (1, 3, 10, 8)},
+        {"q": (2, 3, 0, 8), "k": (2, 3, 0, 8), "v": (2, 3, 0, 5)},
+        {"q": (2, 3, 10, 0), "k": (2, 3, 10, 0)},
+        {"v": (2, 3, 10, 0)},
+        {"q": (2, 10, 8), "k": (2, 10, 8), "v": (2, 10, 5)},
+        {"q": (2, 3, 9, 8)},
+        {"q": ()},
+        {"v": ()},
+    ],
+)
 def test_wrong_shapes_are_named(form, change):
     inputs = [torch.rand(shape) for shape in (GOOD | change).values()]
     with pytest.raises(ValueError) as error:
@@ -209,7 +236,9 @@ def test_wrong_shapes_are_named(form, change):
     assert len(str(error.value).splitlines()) <= 2 and "got" in str(error.value) or "disagree" in str(error.value)
 
 
-@pytest.mark.parametrize("form", [la.quadratic_attention, la.linear_attention, la.recurrent_attention, la.chunked_attention])
+@pytest.mark.parametrize(
+    "form", [la.quadratic_attention, la.linear_attention, la.recurrent_attention, la.chunked_attention]
+)
 @pytest.mark.parametrize("bad", [torch.ones(2, 3, 10, 8, dtype=torch.int64), None, [1.0]])
 def test_wrong_types_are_named(form, bad):
     q, k, v = (torch.rand(shape) for shape in GOOD.values())

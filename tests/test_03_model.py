@@ -1,4 +1,5 @@
 """The specification of 03_model.py: every mixer, decoding, rows, counts, errors."""
+
 from importlib import import_module
 
 import pytest
@@ -71,7 +72,9 @@ def test_weights_are_what_the_layer_uses():
         x, positions = torch.randn(2, 25, 12, dtype=torch.float64), torch.arange(25).expand(2, 25)
         weights = block.mixer.weights(x, positions)
         o = weights @ m.split_heads(block.mixer.v(x), 3)
-        torch.testing.assert_close(block.mixer.out(o.transpose(1, 2).flatten(2)), block.mixer(x)[0], rtol=1e-8, atol=1e-10)
+        torch.testing.assert_close(
+            block.mixer.out(o.transpose(1, 2).flatten(2)), block.mixer(x)[0], rtol=1e-8, atol=1e-10
+        )
 
 
 @torch.no_grad()
@@ -106,13 +109,16 @@ def test_top_k_takes_the_k_likeliest():
         assert (allowed == chosen[:, None]).any(1).all()
 
 
-@pytest.mark.parametrize("mixer, seq_len, counts", [
-    ("based", 256, (577_984, 1_179_520, 2_459_392, 5_307_904)),
-    ("rebased", 256, (578_752, 1_180_288, 2_460_160, 5_308_672)),
-    ("attention", 1024, (623_744, 1_313_024, 2_888_192, 6_824_960)),
-    ("conv_attention", 512, (578_752, None, None, None)),
-    ("conv_attention", 128, (None, 1_149_312, 2_462_464, 5_580_288)),
-])
+@pytest.mark.parametrize(
+    "mixer, seq_len, counts",
+    [
+        ("based", 256, (577_984, 1_179_520, 2_459_392, 5_307_904)),
+        ("rebased", 256, (578_752, 1_180_288, 2_460_160, 5_308_672)),
+        ("attention", 1024, (623_744, 1_313_024, 2_888_192, 6_824_960)),
+        ("conv_attention", 512, (578_752, None, None, None)),
+        ("conv_attention", 128, (None, 1_149_312, 2_462_464, 5_580_288)),
+    ],
+)
 def test_published_counts_mqar(mixer, seq_len, counts):
     """[P] Table 6; which length each row was counted at is said in mqar_config's source."""
     for d_model, count in zip((64, 128, 256, 512), counts, strict=True):
@@ -142,10 +148,24 @@ def test_dropout_acts_in_training_only():
     assert torch.equal(model(TOKENS), model(TOKENS))
 
 
-@pytest.mark.parametrize("settings", [
-    {"mixers": ("rebasd",)}, {"mixers": ()}, {"vocab_size": 0}, {"d_model": 0}, {"heads": 0}, {"feature_dim": 0}, {"norm": "batch"}, {"init": "zero"},
-    {"positions": -1}, {"mlp": -1}, {"dropout": 1.0}, {"heads": 13}, {"mixers": ("attention",), "heads": 5},
-])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"mixers": ("rebasd",)},
+        {"mixers": ()},
+        {"vocab_size": 0},
+        {"d_model": 0},
+        {"heads": 0},
+        {"feature_dim": 0},
+        {"norm": "batch"},
+        {"init": "zero"},
+        {"positions": -1},
+        {"mlp": -1},
+        {"dropout": 1.0},
+        {"heads": 13},
+        {"mixers": ("attention",), "heads": 5},
+    ],
+)
 def test_impossible_models_are_named(settings):
     good = {"mixers": ("short_conv", "rebased"), "vocab_size": 20, "d_model": 12, "heads": 3}
     with pytest.raises(ValueError) as error:

@@ -1,4 +1,5 @@
 """The specification of 04_train_mqar.py: the data, the measures, the sweep, the command line."""
+
 import json
 import math
 from importlib import import_module
@@ -8,8 +9,31 @@ import pytest
 import torch
 
 m = import_module("04_train_mqar")
-TINY = ["--mixers", "rebased", "conv_attention", "--seeds", "0", "1", "--learning-rates", "0.003", "--steps", "3", "--softmax-steps", "3",
-        "--length", "32", "--pairs", "4", "--test-lengths", "32", "64", "--test-examples", "8", "--batch", "4"]
+TINY = [
+    "--mixers",
+    "rebased",
+    "conv_attention",
+    "--seeds",
+    "0",
+    "1",
+    "--learning-rates",
+    "0.003",
+    "--steps",
+    "3",
+    "--softmax-steps",
+    "3",
+    "--length",
+    "32",
+    "--pairs",
+    "4",
+    "--test-lengths",
+    "32",
+    "64",
+    "--test-examples",
+    "8",
+    "--batch",
+    "4",
+]
 
 
 @pytest.mark.parametrize("check", m.CHECKS, ids=lambda check: check.__name__)
@@ -17,7 +41,9 @@ def test_claims_of_the_file(check):
     check()
 
 
-@pytest.mark.parametrize("n, T, K, V, a", [(200, 128, 16, 256, 0.01), (50, 64, 16, 8192, 1.0), (20, 512, 128, 300, 0.5), (3, 4, 1, 4, 0.01)])
+@pytest.mark.parametrize(
+    "n, T, K, V, a", [(200, 128, 16, 256, 0.01), (50, 64, 16, 8192, 1.0), (20, 512, 128, 300, 0.5), (3, 4, 1, 4, 0.01)]
+)
 def test_every_example_by_a_slow_reading(n, T, K, V, a):
     """A dictionary filled from the pairs answers every query; everything else is filler."""
     inputs, labels = m.make_mqar(n, T, K, V, a, seed=4)
@@ -89,15 +115,23 @@ def test_seeds_make_the_data():
 
 
 def test_no_test_example_is_trained_on():
-    training = {tuple(row) for seed in range(3) for row in m.make_mqar(20_000, 128, 16, 256, seed=seed)[0][:, :32].tolist()}
+    training = {
+        tuple(row) for seed in range(3) for row in m.make_mqar(20_000, 128, 16, 256, seed=seed)[0][:, :32].tolist()
+    }
     testing = m.make_mqar(256, 128, 16, 256, seed=m.TEST_SEED)[0][:, :32].tolist()
     assert not any(tuple(row) in training for row in testing)
 
 
-@pytest.mark.parametrize("arguments, message", [
-    ((10, 63, 16, 256), "need 4·16 = 64 positions"), ((10, 64, 16, 32), "vocabulary of 34"), ((0, 64, 16, 256), "num_examples"),
-    ((10, 64, 0, 256), "num_pairs"), ((10, 64, 4, 256, 0.0), "power_a"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((10, 63, 16, 256), "need 4·16 = 64 positions"),
+        ((10, 64, 16, 32), "vocabulary of 34"),
+        ((0, 64, 16, 256), "num_examples"),
+        ((10, 64, 0, 256), "num_pairs"),
+        ((10, 64, 4, 256, 0.0), "power_a"),
+    ],
+)
 def test_impossible_data_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         m.make_mqar(*arguments)
@@ -122,7 +156,9 @@ def test_shares_by_a_slow_reading():
 
 def test_training_learns():
     """A task small enough for seconds: two pairs, the loss falls far below that of guessing."""
-    experiment = m.Experiment(length=16, pairs=2, vocab_size=16, d_model=32, steps=300, batch=32, test_lengths=(16,), test_examples=64)
+    experiment = m.Experiment(
+        length=16, pairs=2, vocab_size=16, d_model=32, steps=300, batch=32, test_lengths=(16,), test_examples=64
+    )
     reports = []
     model = m.train(m.Run("rebased", 0.01, 0), experiment, report=lambda *news: reports.append(news))
     assert sum(done for done, _, _ in reports) == 300 and reports[-1][1] < 0.3 * math.log(8)
@@ -163,13 +199,23 @@ def test_broken_results_are_named(tmp_path, capsys):
     assert stop.value.code == 2 and "line 1 is not a row" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["--learning-rates", "-0.1"], "must be above 0"), (["--learning-rates", "fast"], "is not a number"),
-    (["--mixers", "rebasd"], "unknown mixer 'rebasd'"), (["--pairs", "40"], "need 4·40 = 160 positions"),
-    (["--vocab-size", "20"], "vocabulary of 34"), (["--mixers", "x2"], "no learning rate is known for x2"),
-    (["--output", "/dev/null/rows.jsonl"], "cannot write"), (["--seeds", "-1"], "at least 0"), (["--steps", "0"], "at least 1"),
-    (["--heads", "0"], "at least 1"), (["--workers", "0"], "at least 1"), (["--mixers", "conv_attention", "--heads", "5"], "5 heads do not fit"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--learning-rates", "-0.1"], "must be above 0"),
+        (["--learning-rates", "fast"], "is not a number"),
+        (["--mixers", "rebasd"], "unknown mixer 'rebasd'"),
+        (["--pairs", "40"], "need 4·40 = 160 positions"),
+        (["--vocab-size", "20"], "vocabulary of 34"),
+        (["--mixers", "x2"], "no learning rate is known for x2"),
+        (["--output", "/dev/null/rows.jsonl"], "cannot write"),
+        (["--seeds", "-1"], "at least 0"),
+        (["--steps", "0"], "at least 1"),
+        (["--heads", "0"], "at least 1"),
+        (["--workers", "0"], "at least 1"),
+        (["--mixers", "conv_attention", "--heads", "5"], "5 heads do not fit"),
+    ],
+)
 def test_impossible_settings_are_named(arguments, message, capsys):
     with pytest.raises(SystemExit) as stop:
         m.main(arguments)

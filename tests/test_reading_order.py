@@ -1,4 +1,5 @@
 """The files can be read in order: each imports only what comes before it, and nothing runs on import."""
+
 import ast
 import subprocess
 import sys
@@ -8,16 +9,22 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted(ROOT.glob("0*.py"))
-# `attention` in 02 looks for the GPU kernels when it is called: the one look ahead, named here.
-EXCEPTIONS = {("02_linear_attention", "02_linear_attention_triton")}
+# Two looks ahead, both inside a function of 02: `attention` looks for the GPU kernels, --benchmark for its file.
+EXCEPTIONS = {
+    ("02_linear_attention", "02_linear_attention_triton"),
+    ("02_linear_attention", "02_linear_attention_benchmark"),
+}
 
 
 def imported_files(path):
     """The numbered files that a file names in import_module("...") calls."""
     calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
     names = [getattr(call.func, "id", getattr(call.func, "attr", "")) for call in calls]
-    return [call.args[0].value for call, name in zip(calls, names, strict=True)
-            if name == "import_module" and call.args and isinstance(call.args[0], ast.Constant)]
+    return [
+        call.args[0].value
+        for call, name in zip(calls, names, strict=True)
+        if name == "import_module" and call.args and isinstance(call.args[0], ast.Constant)
+    ]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -25,7 +32,9 @@ def test_a_step_imports_only_steps_before_it(path):
     order = [other.stem for other in FILES]
     for name in imported_files(path):
         assert name in order, f"{path.name} imports {name}, which is not a file of the tutorial"
-        assert order.index(name) < order.index(path.stem) or (path.stem, name) in EXCEPTIONS, f"{path.name} imports {name}"
+        assert order.index(name) < order.index(path.stem) or (path.stem, name) in EXCEPTIONS, (
+            f"{path.name} imports {name}"
+        )
 
 
 def test_the_test_itself_sees_a_wrong_import(tmp_path):
