@@ -192,84 +192,82 @@ def weigh(u, weight):
 
 # %% Features, laid out for a chunk
 # The features of 01 in the same order, but with time as the last dimension, (N, P, C): each rotation of x is then a
-# run of rows, all products are one multiplication along memory, and on a CPU it takes a tenth of the time of the row
-# layout, a fifth of the matrix product that reads it. So the backward pass computes features again: storing them for
+# run of rows, and all products are one multiplication along memory. On a CPU that takes a tenth of the time of the row
+# layout, a fifth of the matrix product that reads it; so the backward pass computes features again. Storing them for
 # autograd, 136 numbers a token where q has 16, is what makes long sequences slow.
-# `room` holds whole rotations; when D is even the last half of the last one repeats the first, and P leaves it out.
-def feature_room(x, coefficients, C):
-    """Zeros (N, rows, C) with room for φ(x)ᵀ, and P <= rows: x (N, T, D)."""
-    (c0, c1, c2), (N, _, D) = coefficients, x.shape
-    before = bool(c0) + bool(c1) * D
-    rows, P = (before + D * (D // 2 + 1), before + D * (D + 1) // 2) if c2 else (before, before)
-    return x.new_zeros(N, rows, C), P
+# The room below is reserved once a sweep: fresh memory costs more than the arithmetic that fills it. It holds whole
+# rotations; when D is even the last half of the last one repeats the first, and P leaves it out.
+class ChunkFeatures:
+    """φ(x)ᵀ of a chunk and its gradient, for c0 + c1·s + c2·s² and inputs like x (N, T, D), chunks of C."""
 
+    def __init__(self, x, coefficients, C):
+        (c0, c1, c2), (N, _, D) = coefficients, x.shape
+        self.D, self.turns, self.before = D, D // 2 + 1 if c2 else 0, bool(c0) + bool(c1) * D
+        self.P = self.before + (D * (D + 1) // 2 if c2 else 0)
+        self.scale, self.linear = (2 * c2 / D) ** 0.25 or 1.0, math.sqrt(c1 / math.sqrt(D))
+        identity = torch.eye(D, dtype=x.dtype, device=x.device).expand(N, D, D)
+        self.double = torch.cat([identity, identity], 1) * self.scale  # (N, 2D, D)
+        self.unrotate = self.rotations(torch.cat([identity, identity], 1)).flatten(1, 2).mT  # (N, D, turns·D)
+        self.room = x.new_zeros(2, N, self.before + self.turns * D, C)  # φ and its gradient
+        if c0:
+            self.room[0, :, 0] = math.sqrt(c0)
 
-def rotations(x, scale, room, before):
-    """scale·xᵀ (N, D, C), all its rotations (N, D//2 + 1, D, C), and the room for their products, as views."""
-    D = x.shape[-1]
-    twice = torch.cat([x.mT, x.mT], dim=1).mul_(scale)
-    return twice[:, :D], twice.unfold(1, D, 1).mT[:, : D // 2 + 1], room[:, before:].unflatten(1, (D // 2 + 1, D))
+    def rotations(self, twice):
+        """(N, 2D, C) -> its rows rotated by 0, 1, ..., D/2 places: (N, turns, D, C), a view."""
+        return twice.unfold(1, self.D, 1).mT[:, : self.turns]
 
+    def __call__(self, x):
+        """x (N, c, D), c <= C -> φ(x)ᵀ (N, P, c), in the room: valid until the next call."""
+        room, (D, before) = self.room[0, ..., : x.shape[1]], (self.D, self.before)
+        twice = torch.bmm(self.double, x.mT)  # (N, 2D, c): transposed, scaled and doubled by one product
+        if self.linear:
+            torch.mul(twice[:, :D], self.linear / self.scale, out=room[:, before - D : before])
+        if self.turns:
+            products = room[:, before:].unflatten(1, (self.turns, D))
+            torch.mul(twice[:, None, :D], self.rotations(twice), out=products)  # √2 x_a x_b ...
+            products[:, 0].mul_(math.sqrt(0.5))  # ... but x_a² occurs once
+        return room[:, : self.P]
 
-def chunk_features(x, coefficients, room):
-    """φ(x)ᵀ: x (N, C, D) -> room (N, rows, C), filled."""
-    (c0, c1, c2), D = coefficients, x.shape[-1]
-    before = bool(c0) + bool(c1) * D
-    if c0:
-        room[:, 0] = math.sqrt(c0)
-    if c1:
-        torch.mul(x.mT, math.sqrt(c1 / math.sqrt(D)), out=room[:, before - D : before])
-    if c2:
-        x, rotated, products = rotations(x, (2 * c2 / D) ** 0.25, room, before)
-        torch.mul(x.unsqueeze(1), rotated, out=products)  # √2 x_a x_b ...
-        products[:, 0] *= math.sqrt(0.5)  # ... but x_a² occurs once
-    return room
-
-
-def chunk_features_backward(x, grad, coefficients):
-    """dx (N, C, D) from x (N, C, D) and the gradient of φ(x)ᵀ (N, rows, C), which is overwritten."""
-    (c0, c1, c2), D = coefficients, x.shape[-1]
-    before = bool(c0) + bool(c1) * D
-    linear = grad[:, before - D : before] * math.sqrt(c1 / math.sqrt(D)) if c1 else 0
-    if not c2:
-        return linear.mT
-    scale = (2 * c2 / D) ** 0.25
-    x, rotated, g = rotations(x, scale, grad, before)
-    g[:, 0] *= math.sqrt(0.5)
-    d_twice = torch.zeros(x.shape[0], 2 * D, x.shape[2], dtype=x.dtype, device=x.device)
-    for turn in range(D // 2 + 1):  # product rule, d(x_a x_b) = x_a dx_b + x_b dx_a: the rotated factor ...
-        d_twice[:, turn : turn + D].addcmul_(g[:, turn], x)
-    dx = g.mul_(rotated).sum(1)  # ... and the one at rest
-    return (dx + d_twice[:, :D] + d_twice[:, D:]).mul_(scale).add_(linear).mT
+    def backward(self, x, A, B):
+        """dx (N, c, D) if the gradient of φ(x)ᵀ is A @ B: A (N, P, V), B (N, V, c)."""
+        grad, (D, before) = self.room[1, ..., : x.shape[1]], (self.D, self.before)
+        torch.bmm(A, B, out=grad[:, : self.P])
+        dx = grad[:, before - D : before] * (self.linear / self.scale) if self.linear else 0  # (N, D, c)
+        if self.turns:  # d(x_a x_b) = x_b dx_a + x_a dx_b: the factor at rest, then the rotated one, rotated back
+            g, twice = grad[:, before:].unflatten(1, (self.turns, D)), torch.bmm(self.double, x.mT)
+            g[:, 0].mul_(math.sqrt(0.5))
+            dx = dx + (g * self.rotations(twice)).sum(1)
+            dx = dx.baddbmm_(self.unrotate, g.mul_(twice[:, None, :D]).flatten(1, 2))
+        return (dx * self.scale).mT
 
 # %% The forward sweep: four steps a chunk
-# Everything of a chunk's size is written into room that is reserved once: fresh memory costs more than arithmetic.
 def forward_sweep(q, k, v, S, o, inverse, past, coefficients, C, keep):
     """q, k (N, T, D), v (N, T, Dv), S (N, P, V) or None -> the state after T, if `keep`.
 
     Writes o (N, T, Dv), inverse = 1/den (N, T, 1), and appends the state before each chunk to `past` if it is a list.
     """
-    (N, T, _), Dv, weight = q.shape, v.shape[-1], complete_square(coefficients, q.shape[-1])
-    V1, U, (PHI, P) = with_ones(v[:, :C]), q.new_empty(N, C, C), feature_room(q, coefficients, C)
-    NUM = torch.empty_like(V1)
-    for t in range(0, T, C):
-        now = slice(t, min(t + C, T))
-        c, qc, kc = now.stop - t, q[:, now], k[:, now]  # c = C, less in the last chunk
-        v1, u, num, phi = V1[:, :c], U[:, :c, :c], NUM[:, :c], PHI[..., :c]
-        v1[..., :Dv] = v[:, now]
+    Dv, weight, features = v.shape[-1], complete_square(coefficients, q.shape[-1]), ChunkFeatures(q, coefficients, C)
+    v1, u = with_ones(v[:, :C]), q.new_empty(len(q), C, C)
+    num = torch.empty_like(v1)
+    chunks = list(zip(*(x.split(C, dim=1) for x in (q, k, v, o, inverse)), strict=True))
+    for i, (qc, kc, vc, oc, inv) in enumerate(chunks):
+        last, c = i + 1 == len(chunks), qc.shape[1]
+        if c < C:  # a short chunk at the end
+            v1, num, u = v1[:, :c], num[:, :c], u[:, :c, :c]
+        v1[..., :Dv] = vc
         # 1. Inside the chunk: the quadratic form.
         torch.bmm(weigh(inner(qc, kc, weight, out=u), weight), v1, out=num)
         # 2. Everything before: the state, read by φ(q).
         if S is not None:
-            num.baddbmm_(chunk_features(qc, coefficients, phi)[:, :P].mT, S)
+            num.baddbmm_(features(qc).mT, S)
         # 3. One division: the normaliser is the column of ones.
-        torch.add(num[..., Dv : Dv + 1], EPS, out=inverse[:, now]).reciprocal_()
-        torch.mul(num[..., :Dv], inverse[:, now], out=o[:, now])
+        torch.add(num[..., Dv : Dv + 1], EPS, out=inv).reciprocal_()
+        torch.mul(num[..., :Dv], inv, out=oc)
         # 4. The chunk joins the state (after the last one only if somebody goes on from there).
         if past is not None:
             past.append(S)
-        if keep or now.stop < T:
-            phi = chunk_features(kc, coefficients, phi)[:, :P]
+        if keep or not last:
+            phi = features(kc)
             S = torch.bmm(phi, v1) if S is None else torch.baddbmm(S, phi, v1)
     return S if keep else None
 
@@ -280,36 +278,36 @@ def forward_sweep(q, k, v, S, o, inverse, past, coefficients, C, keep):
 def backward_sweep(q, k, v, do, o, inverse, past, R, grads, coefficients, C):
     """The mirror of `forward_sweep`: writes dq, dk, dv = grads; R (N, P, V), the gradient of the final state, or
     None -> the gradient of the initial state."""
-    (N, T, _), Dv, weight = q.shape, v.shape[-1], complete_square(coefficients, q.shape[-1])
-    V1, (U, DU), (PHI, P) = with_ones(v[:, :C]), q.new_empty(2, N, C, C), feature_room(q, coefficients, C)
-    D1, DV, DPHI, scale = torch.zeros_like(V1), torch.empty_like(V1), torch.zeros_like(PHI), weight.scale
-    for t in reversed(range(0, T, C)):
-        now = slice(t, min(t + C, T))
-        c, S, qc, kc = now.stop - t, past[t // C], q[:, now], k[:, now]
-        v1, d1, dv, u, du = V1[:, :c], D1[:, :c], DV[:, :c], U[:, :c, :c], DU[:, :c, :c]
-        phi, dphi, v1[..., :Dv] = PHI[..., :c], DPHI[..., :c], v[:, now]
+    Dv, weight, features = v.shape[-1], complete_square(coefficients, q.shape[-1]), ChunkFeatures(q, coefficients, C)
+    scale = weight.scale * (2 if weight.square else 1)
+    V1, (U, DU) = with_ones(v[:, :C]), q.new_empty(2, len(q), C, C)
+    D1, DV = torch.zeros_like(V1), torch.empty_like(V1)
+    chunks = zip(*(x.split(C, dim=1) for x in (q, k, v, do, o, inverse, *grads)), past, strict=True)
+    for qc, kc, vc, doc, oc, inv, dq, dk, dv, S in reversed(list(chunks)):
+        c = qc.shape[1]
+        v1, d1, dv1, u, du = (V1, D1, DV, U, DU) if c == C else (
+            V1[:, :c], D1[:, :c], DV[:, :c], U[:, :c, :c], DU[:, :c, :c])
+        v1[..., :Dv] = vc
         # 3. The division: the gradient of [num, den].
-        torch.mul(do[:, now], inverse[:, now], out=d1[..., :Dv])
-        torch.sum(d1[..., :Dv] * o[:, now], -1, out=d1[..., Dv]).neg_()
+        torch.mul(doc, inv, out=d1[..., :Dv])
+        torch.sum(d1[..., :Dv] * oc, -1, out=d1[..., Dv]).neg_()
         # 1. Inside the chunk: w is computed again; where sim = u², du = 2u·dw.
         inner(qc, kc, weight, out=u)
         torch.bmm(d1, v1.mT, out=du)
-        du = du.mul_(u).mul_(2).tril_() if weight.square else du.tril_()
-        torch.bmm(weigh(u, weight).mT, d1, out=dv)
-        dq, dk = torch.bmm(du, kc).mul_(scale), torch.bmm(du.mT, qc).mul_(scale)
-        # 2. Everything before: dφ(q) = [do, −δ]/den Sᵀ; and R goes on to it.
-        # 4. Everything after: dφ(k) = [v, 1] Rᵀ, and φ(k) carries R into dv.
+        du = (du.mul_(u) if weight.square else du).tril_()
+        torch.bmm(weigh(u, weight).mT, d1, out=dv1)
+        torch.mul(du @ kc, scale, out=dq)
+        torch.mul(du.mT @ qc, scale, out=dk)
+        # 4. Everything after: dφ(k) = R [v, 1]ᵀ, and φ(k) carries R into dv.
         if R is not None:
-            torch.bmm(R, v1.mT, out=dphi[:, :P])
-            dk += chunk_features_backward(kc, dphi, coefficients)
-            dv.baddbmm_(chunk_features(kc, coefficients, phi)[:, :P].mT, R)
+            dk += features.backward(kc, R, v1.mT)
+            dv1.baddbmm_(features(kc).mT, R)
+        # 2. Everything before: dφ(q) = S [do, −δ]ᵀ/den, and this chunk joins R.
         if S is not None:
-            torch.bmm(S, d1.mT, out=dphi[:, :P])
-            dq += chunk_features_backward(qc, dphi, coefficients)
-            phi = chunk_features(qc, coefficients, phi)[:, :P]
+            dq += features.backward(qc, S, d1.mT)
+            phi = features(qc)
             R = torch.bmm(phi, d1) if R is None else torch.baddbmm(R, phi, d1)
-        for grad, part in zip(grads, (dq, dk, dv[..., :Dv]), strict=True):
-            grad[:, now] = part
+        dv[:] = dv1[..., :Dv]
     return R
 
 
