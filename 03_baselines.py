@@ -221,7 +221,7 @@ class Mamba(nn.Module):
         dt = F.softplus(F.linear(dt, self.dt_weight, self.dt_bias))
         y, h = selective_scan(u, dt, -self.A_log.exp(), write, read, state[1])
         y = rows(torch.addcmul(y, u, self.skip), positions) * F.silu(self.gate(rows(x, positions)))
-        return self.out(y).transpose(0, 1), (last.clone(), h) if keep else None
+        return self.out(y).transpose(0, 1), (last.clone(), h) if keep else None  # a clone, lest it hold all T rows
 
 # %% RWKV's scan: a quotient of two sums per channel
 # num and den decay alike, by e^w: two rows of the recurrence. e^k overflows float32 at k = 89, so the sums are kept as
@@ -277,7 +277,8 @@ class RWKV(nn.Module):
         k, v = self.key(torch.lerp(before, x, self.mix_k)), self.value(torch.lerp(before, x, self.mix_v))
         r = self.receptance(torch.lerp(rows(before, positions), rows(x, positions), self.mix_r))
         y, h, m = wkv(k, v, self.decay, self.first, h, m)
-        return self.out(torch.sigmoid(r) * rows(y, positions)).transpose(0, 1), (x[-1], h, m) if keep else None
+        y = self.out(torch.sigmoid(r) * rows(y, positions)).transpose(0, 1)
+        return y, (x[-1].clone(), h.clone(), m.clone()) if keep else None  # clones, lest a state hold all T rows
 
 # %% What 03_model has to know
 # Both stand in both layers of the paper's model, RWKV in its usual block (five LayerNorms: 10d), Mamba in its own:
@@ -430,13 +431,14 @@ def main(argv=None):
     for name, (call, numbers) in table.items():
         ms[name] = [step_seconds(call, T) * 1e3 for T in LENGTHS]
         print(f"{name:24}{4 * numbers:8,} B" + "".join(f"{each:12.1f}" for each in ms[name]))
-    mamba, rwkv = (ms[name][1] / ms["rebased"][1] for name in LAYERS)
-    fast, faster = (ms[f"{name}, token by token"][2] / ms[name][2] for name in LAYERS)
+    slower = [ms[name][1] / ms["rebased"][1] for name in LAYERS]
+    faster = [ms[f"{name}, token by token"][2] / ms[name][2] for name in LAYERS]
     fewer = [table["rebased"][1] / table[name][1] for name in LAYERS]
-    print(f"\nAt T = {LENGTHS[1]} Mamba takes {mamba:.1f} times as long as ReBased, RWKV {rwkv:.1f} times; at T = {LENGTHS[2]}")
-    print(f"the scans are {fast:.0f} and {faster:.0f} times as fast as a loop over tokens. Of a whole past they keep "
-          f"{fewer[0]:.0f} and {fewer[1]:.0f} times fewer")
-    print("numbers than ReBased: all that they can recall is in there.\n")
+    print(f"\nAt T = {LENGTHS[1]} Mamba takes {slower[0]:.1f} times as long as ReBased, RWKV {slower[1]:.1f} times; "
+          f"at {LENGTHS[2]} their scans are")
+    print(f"{faster[0]:.0f} and {faster[1]:.0f} times as fast as a loop over tokens. Of the whole past they keep "
+          f"{fewer[0]:.0f} and {fewer[1]:.0f} times")
+    print("fewer numbers than ReBased: all that they can recall must fit in there.\n")
     return kernels.run_checks(CHECKS)
 
 
