@@ -291,26 +291,25 @@ def read_documents(paths, problems=None):
 
 # %% Text that comes with every Python
 # Without --data: the standard library's sources and the help texts built into the interpreter, written down once in
-# the Pile's format, with subsets. Another Python version has other text: compare numbers within one version only.
+# the Pile's format, with subsets. Files of more than 16 KB stay out, so that a short validation has many documents.
+# Another Python version has other text: compare numbers within one version only.
 def library_documents():
-    """Yields (text, subset): Library, Tests and Tables from source files, Help from the interpreter."""
+    """Yields (text, subset): Library and Tests from source files, Help from the interpreter."""
     root = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(root.rglob("*.py")):
-        parts = path.relative_to(root).parts
-        if "site-packages" in parts or parts[0] == "pydoc_data":  # the latter holds the help texts below
+        parts = path.relative_to(root).parts  # pydoc_data holds the help texts below, encodings tables of numbers
+        if "site-packages" in parts or parts[0] in ("pydoc_data", "encodings") or path.stat().st_size > 2**14:
             continue
         try:
-            text = path.read_bytes().decode()
+            yield path.read_bytes().decode(), "Tests" if {"test", "tests", "idle_test"} & set(parts) else "Library"
         except UnicodeDecodeError:  # the tests hold files that are wrong on purpose
             continue
-        tests = {"test", "tests", "idle_test"} & set(parts)
-        yield text, "Tests" if tests else "Tables" if parts[0] == "encodings" else "Library"
     for text in import_module("pydoc_data.topics").topics.values():
         yield text, "Help"
-    for name in sorted(dir(__builtins__) if not isinstance(__builtins__, dict) else __builtins__):
-        thing = getattr(import_module("builtins"), name)
-        if isinstance(thing, type) or callable(thing):
-            yield re.sub(r" at 0x[0-9a-fA-F]+", "", pydoc.plain(pydoc.render_doc(thing))), "Help"
+    builtins = import_module("builtins")
+    for name in sorted(name for name in dir(builtins) if callable(getattr(builtins, name))):
+        text = pydoc.plain(pydoc.render_doc(getattr(builtins, name)))
+        yield re.sub(r" at 0x[0-9a-fA-F]+", "", text), "Help"
 
 
 def write_library(path):
@@ -481,7 +480,8 @@ def write_tokens(folder, manifest, files, settings, vocabulary):
                 since = 0
         if not sum(row["documents"] for split in manifest["subsets"].values() for row in split.values()):
             raise Refusal(f"not one document in {', '.join(map(str, files[:3]))}{' ...' if files[3:] else ''}")
-        commit(folder, manifest | {"complete": True, "problems": problems.counts}, parts)
+        done = {"complete": True, "at": [len(files), 0], "problems": problems.counts}
+        commit(folder, manifest | done, parts)
 
 
 def add_document(manifest, parts, text, subset, share, vocabulary):
