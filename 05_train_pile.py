@@ -20,7 +20,7 @@ Letters: as in 03; T the length of a training sequence, V the size of the vocabu
 References: [P] as in 01, Table 2 and Appendix C; [Z] Arora et al., Zoology, arXiv 2312.04927;
   [G] Gao et al., The Pile, arXiv 2101.00027, section 3.1.
 
-Run: python 05_train_pile.py                        (3 minutes on two cores, nothing to download)
+Run: python 05_train_pile.py                        (4 minutes on two free cores, nothing to download)
      python 05_train_pile.py --data FOLDER          (the Pile's files: .jsonl, .jsonl.zst, .jsonl.gz)
      python 05_train_pile.py --sample "import " --checkpoint runs/pile/rebased/checkpoint.pt
      torchrun --nproc-per-node 8 05_train_pile.py --preset paper --data FOLDER --mixers rebased --out runs/paper
@@ -1099,7 +1099,7 @@ def print_reading(rows, settings):
 
 # %% The command line
 def make_parser():
-    parser = argparse.ArgumentParser(description="05: train, evaluate and sample language models (3 minutes)")
+    parser = argparse.ArgumentParser(description="05: train, evaluate and sample language models (4 minutes)")
     run = parser.add_argument_group("what to run")
     run.add_argument("--data", nargs="+", help="files or folders in the Pile's format (default: Python's own library)")
     run.add_argument("--preset", choices=PRESETS, default="laptop", help="defaults of the settings (%(default)s)")
