@@ -200,16 +200,19 @@ def weigh(u, weight):
 class ChunkFeatures:
     """φ(x)ᵀ of a chunk and its gradient, for c0 + c1·s + c2·s² and inputs like x (N, T, D), chunks of C."""
 
-    def __init__(self, x, coefficients, C):
+    def __init__(self, x, coefficients, C, backward=False):
         (c0, c1, c2), (N, _, D) = coefficients, x.shape
         self.D, self.turns, self.before = D, D // 2 + 1 if c2 else 0, bool(c0) + bool(c1) * D
         self.P = count_features(coefficients, D)
         self.scale, self.linear = (2 * c2 / D) ** 0.25 or 1.0, math.sqrt(c1 / math.sqrt(D))
         one = torch.eye(D, dtype=x.dtype, device=x.device).expand(N, D, D)
         self.double = torch.cat([one, one], 1) * self.scale  # (N, 2D, D)
-        self.unrotate = self.rotations(torch.cat([one, one], 1)).flatten(1, 2).mT.contiguous()  # (N, D, turns·D)
-        self.unrotate[..., :D] *= math.sqrt(2) - 1  # see `backward`
-        self.room = x.new_zeros(3, N, self.before + self.turns * D, C)  # φ, its gradient, a product of the two
+        # The room: φ; for a backward pass also its gradient and a product of the two.
+        self.room = x.new_empty(3 if backward else 1, N, self.before + self.turns * D, C)
+        if backward:
+            self.room[1, :, self.P :] = 0
+            self.unrotate = self.rotations(torch.cat([one, one], 1)).flatten(1, 2).mT.contiguous()  # (N, D, turns·D)
+            self.unrotate[..., :D] *= math.sqrt(2) - 1  # see `backward`
         if c0:
             self.room[0, :, 0] = math.sqrt(c0)
 
@@ -290,7 +293,7 @@ def add_product(S, A, B):
 def backward_sweep(q, k, v, do, o, inverse, past, R, grads, coefficients, C):
     """The mirror of `forward_sweep`: writes dq, dk, dv = grads; R (N, P, V), the gradient of the final state,
     overwritten, or None -> the gradient of the initial state. past: as there, None where there was no state."""
-    Dv, weight, features = v.shape[-1], complete_square(coefficients, q.shape[-1]), ChunkFeatures(q, coefficients, C)
+    Dv, weight, features = v.shape[-1], complete_square(coefficients, q.shape[-1]), ChunkFeatures(q, coefficients, C, True)
     scale = weight.scale * (2 if weight.square else 1)
     V1, (U, DU) = with_ones(v[:, :C]), q.new_empty(2, len(q), C, C)
     D1, DV = torch.zeros_like(V1), torch.empty_like(V1)
