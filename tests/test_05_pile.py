@@ -1,6 +1,5 @@
-"""05: reading whole and broken files, tokens, training that survives kill -9, evaluation, generation, errors."""
+"""05: training that survives kill -9 and a full disk, evaluation, generation, two processes, errors."""
 import contextlib
-import gzip
 import json
 import math
 import os
@@ -10,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-import tracemalloc
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from test_05_pile_data import make_data, make_texts, tokens_of, write
 
 pile = import_module("05_train_pile")
 models = pile.models
@@ -28,259 +27,9 @@ PLAIN = SimpleNamespace(resume=False, compile=False, recompute=False)
 RESUME = SimpleNamespace(resume=True, compile=False, recompute=False)
 
 
-def make_texts(number=60, seed=0):
-    """Documents that differ, with characters of one to four bytes."""
-    words = "the pile holds naïve text and 東京 code 🙂 if x: return def print 12".split()
-    chooser = random.Random(seed)
-    return [" ".join(chooser.choices(words, k=chooser.randint(20, 60))) + f" #{i}" for i in range(number)]
-
-
-def write(path, rows):
-    """Rows (objects, or bytes as they are) as a .jsonl, .jsonl.gz or .jsonl.zst file."""
-    lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
-    data = b"".join(line + b"\n" for line in lines)
-    if path.suffix == ".gz":
-        data = gzip.compress(data)
-    if path.suffix == ".zst":
-        data = pytest.importorskip("zstandard").ZstdCompressor().compress(data)
-    path.write_bytes(data)
-    return path
-
-
-def make_data(folder, number=60):
-    names = ["Github", "ArXiv", "Wikipedia (en)"]
-    return write(folder / "data.jsonl", [{"text": text, "meta": {"pile_set_name": names[i % 3]}}
-                                         for i, text in enumerate(make_texts(number))])
-
-
 def settings(**changes):
     return pile.Settings(**dict(seq_len=32, batch_tokens=128, micro_batch=2, steps=6, warmup=2, save_every=2,
                                 valid_share=0.2, eval_tokens=300, eval_length=64) | changes)
-
-
-def tokens_of(folder, files, **changes):
-    return pile.prepare_tokens(folder / "tokens", pile.find_files(files), settings(**changes), pile.Bytes())
-
-
-# Reading ------------------------------------------------------------------------------------------------------------
-METAS = [
-    ({"pile_set_name": "ArXiv"}, "ArXiv"), ('{"pile_set_name": "ArXiv"}', "ArXiv"),
-    ({"pile_set_name": ["ArXiv"]}, "ArXiv"), ([{"pile_set_name": "ArXiv"}], "ArXiv"),
-    (None, "unknown"), ({}, "unknown"), ([], "unknown"), ("no json", "unknown"),
-    ({"pile_set_name": []}, "unknown"), (7, "unknown"), ({"pile_set_name": 7}, "unknown"), ("[]", "unknown"),
-]
-
-
-@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "jsonl.zst"])
-@pytest.mark.parametrize("text_key, meta_key", [("text", "meta"), ("contents", "metadata")])
-def test_every_layout_is_read(tmp_path, suffix, text_key, meta_key):
-    rows = [{text_key: f"naïve {i}", meta_key: meta} for i, (meta, _) in enumerate(METAS)] + [{text_key: "bare"}]
-    write(tmp_path / f"a.{suffix}", rows)
-    problems = pile.Problems()
-    found = list(pile.read_documents([tmp_path], problems))
-    assert found == [(f"naïve {i}", name) for i, (_, name) in enumerate(METAS)] + [("bare", "unknown")]
-    assert not problems.counts
-
-
-def test_files_of_a_folder_are_read_once_in_order_of_name(tmp_path):
-    (tmp_path / "deep").mkdir()
-    for name in ("01.jsonl", "00.jsonl", "deep/02.jsonl.gz"):
-        write(tmp_path / name, [{"text": name}])
-    found = [text for text, _ in pile.read_documents([tmp_path, tmp_path / "01.jsonl"])]
-    assert found == ["00.jsonl", "01.jsonl", "deep/02.jsonl.gz"]
-
-
-def test_several_frames_and_members_are_one_stream(tmp_path):
-    zstandard = pytest.importorskip("zstandard")
-    texts = make_texts(9)
-    data = b"".join(json.dumps({"text": text}).encode() + b"\n" for text in texts)
-    parts = [data[:100], data[100:101], data[101:]]  # the cuts fall inside lines
-    (tmp_path / "a.jsonl.zst").write_bytes(b"".join(map(zstandard.ZstdCompressor().compress, parts)))
-    (tmp_path / "b.jsonl.gz").write_bytes(b"".join(map(gzip.compress, parts)))
-    assert [text for text, _ in pile.read_documents([tmp_path])] == texts * 2
-
-
-BROKEN = [
-    (b"{not json", "not JSON"),
-    (b"[" * 3000, "not JSON"),  # deeper than the parser can go
-    (b'{"title": "x"}', "no `text` or `contents`"),
-    (b'["text"]', "no `text` or `contents`"),
-    (b'{"text": "\xff\xfe"}', "invalid UTF-8"),
-    (b'{"text": ""}', "an empty document"),
-    (b'{"text": null}', "the text is no string"),
-    (b'{"text": "\\ud83d"}', "half of a surrogate pair, which is no text"),
-    (b'{"text": "' + b"x" * 5000 + b'"}', "a line of more than 0 MB"),
-]
-
-
-@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "jsonl.zst"])
-def test_broken_lines_are_skipped_counted_and_named(tmp_path, monkeypatch, capsys, suffix):
-    monkeypatch.setattr(pile, "LONGEST_LINE", 4000)
-    rows = [part for i, (line, _) in enumerate(BROKEN) for part in ({"text": f"good {i}"}, line)]
-    path, problems = write(tmp_path / f"a.{suffix}", [*rows, b"", b"  "]), pile.Problems()
-    assert [text for text, _ in pile.read_documents([path], problems)] == [f"good {i}" for i in range(len(BROKEN))]
-    assert problems.counts.total() == len(BROKEN) and set(problems.counts) == {reason for _, reason in BROKEN}
-    shown = capsys.readouterr().err
-    for i, (_, reason) in enumerate(BROKEN):
-        assert f"{path}:{2 * i + 2}: {reason}" in shown
-
-
-@pytest.mark.parametrize("suffix, damage", [
-    ("jsonl.gz", "cut"), ("jsonl.gz", "flip"), ("jsonl.zst", "cut"), ("jsonl.zst", "garbage"), ("jsonl.gz", "garbage"),
-])
-def test_damaged_streams_give_what_came_before(tmp_path, suffix, damage):
-    chooser = random.Random(0)
-    texts = ["".join(chooser.choices("abcdefghijklmnop", k=3000)) for _ in range(200)]
-    path = write(tmp_path / f"a.{suffix}", [{"text": text} for text in texts])
-    data = bytearray(path.read_bytes())
-    if damage == "cut":
-        del data[len(data) // 2 :]
-    elif damage == "flip":
-        data[len(data) // 2 : len(data) // 2 + 64] = bytes(64)
-    else:
-        data[:] = b"this was never compressed, whatever its name says"
-    path.write_bytes(data)
-    write(tmp_path / "b.jsonl", [{"text": "the next file is read all the same"}])
-    problems = pile.Problems()
-    found = [text for text, _ in pile.read_documents([tmp_path], problems)]
-    assert found[-1].startswith("the next file")
-    assert damage == "garbage" or (20 < len(found) < 199 and found[:20] == texts[:20])
-    ends = {"cut": "the file ends in the middle of its compressed data"}
-    assert problems.counts[ends.get(damage, "the compressed data is damaged from here on")] == 1
-    if damage != "flip":  # deflate notices a flipped byte some lines late: those are no JSON
-        assert problems.counts.total() == 1 and found[:-1] == texts[: len(found) - 1]
-
-
-def test_an_empty_file_is_a_problem(tmp_path):
-    for suffix in ("jsonl", "jsonl.gz"):
-        (tmp_path / f"a.{suffix}").write_bytes(b"")
-    problems = pile.Problems()
-    assert list(pile.read_documents([tmp_path], problems)) == [] and problems.counts == {"an empty file": 2}
-
-
-@pytest.mark.slow
-def test_a_line_of_200_mb_is_passed_over_without_being_held(tmp_path):
-    path = tmp_path / "a.jsonl.gz"
-    with gzip.open(path, "wb", compresslevel=1) as file:
-        file.write(b'{"text": "')
-        for _ in range(200):
-            file.write(b"x" * 2**20)
-        file.write(b'"}\n{"text": "after"}\n')
-    tracemalloc.start()
-    problems = pile.Problems()
-    assert [text for text, _ in pile.read_documents([path], problems)] == ["after"]
-    assert tracemalloc.get_traced_memory()[1] < 1.5 * pile.LONGEST_LINE
-    tracemalloc.stop()
-    assert problems.counts == {"a line of more than 64 MB": 1}
-
-
-# The token store ----------------------------------------------------------------------------------------------------
-def test_tokens_documents_and_subsets_are_counted(tmp_path):
-    data = tokens_of(tmp_path, [make_data(tmp_path)])
-    texts, total = make_texts(), {}
-    for split in data.manifest["subsets"].values():
-        for name, row in split.items():
-            assert row["tokens"] == row["bytes"]
-            old = total.get(name, (0, 0))
-            total[name] = (old[0] + row["documents"], old[1] + row["bytes"])
-    expected = {name: (20, sum(len(text.encode()) for text in texts[i::3]))
-                for i, name in enumerate(("Github", "ArXiv", "Wikipedia (en)"))}
-    assert total == expected
-    stream = b"".join(data.train[:].tobytes().split(b"\0")[:-1]) + b"".join(data.valid[:].tobytes().split(b"\0")[:-1])
-    assert len(stream) == sum(len(text.encode()) for text in texts)
-    for start, length, num_bytes, subset in data.valid_docs.tolist():
-        text = data.valid[start : start + length].tobytes().decode()
-        assert text in texts and length == num_bytes and data.valid[start + length] == 0
-        assert data.manifest["names"][subset] == ("Github", "ArXiv", "Wikipedia (en)")[texts.index(text) % 3]
-
-
-def test_zero_bytes_are_dropped_and_counted(tmp_path):
-    rows = [{"text": "a\0b\0"}] + [{"text": text} for text in make_texts(20)]
-    data = tokens_of(tmp_path, [write(tmp_path / "a.jsonl", rows)])
-    assert data.manifest["zero_bytes"] == 2
-    assert (data.train == 0).sum() + (data.valid == 0).sum() == 21
-
-
-def test_the_split_is_by_document_whatever_the_order(tmp_path):
-    texts = make_texts(400)
-    halves = []
-    for name, order in (("a", texts), ("b", texts[::-1] + ["another document"])):
-        (tmp_path / name).mkdir()
-        data = tokens_of(tmp_path / name, [write(tmp_path / f"{name}.jsonl", [{"text": text} for text in order])])
-        halves.append({data.valid[start : start + n].tobytes().decode() for start, n, _, _ in data.valid_docs.tolist()})
-    assert halves[0] == halves[1] - {"another document"}
-    assert 40 < len(halves[0]) < 120  # a share of 0.2 of 400
-
-
-def test_interrupted_tokenising_goes_on_and_ends_with_the_same_bytes(tmp_path, monkeypatch):
-    monkeypatch.setattr(pile, "COMMIT", 700)
-    rows = [{"text": text} for text in make_texts(40)]
-    files = [write(tmp_path / "a.jsonl.gz", [*rows[:20], b"broken"]),
-             write(tmp_path / "b.jsonl", [b"broken", *rows[20:]])]
-    whole, folder = tokens_of(tmp_path / "whole", files), tmp_path / "cut" / "tokens"
-    for stop_after in (3, 9, 14, 25):
-        original, calls = pile.add_document, []
-
-        def stop(*arguments, original=original, calls=calls, stop_after=stop_after):
-            calls.append(0)
-            if len(calls) > stop_after:
-                raise KeyboardInterrupt
-            return original(*arguments)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(pile, "add_document", stop)
-            with contextlib.suppress(KeyboardInterrupt):
-                tokens_of(tmp_path / "cut", files)
-    data = tokens_of(tmp_path / "cut", files)
-    assert data.manifest == whole.manifest and data.manifest["problems"] == {"not JSON": 2}
-    for name in pile.PARTS:
-        assert (folder / name).read_bytes() == (tmp_path / "whole" / "tokens" / name).read_bytes(), name
-
-
-def test_tokens_are_reused_if_they_fit_and_refused_if_not(tmp_path):
-    path = make_data(tmp_path)
-    tokens_of(tmp_path, [path])
-    stamp = (tmp_path / "tokens" / "train.bin").stat().st_mtime_ns
-    tokens_of(tmp_path, [path])
-    assert (tmp_path / "tokens" / "train.bin").stat().st_mtime_ns == stamp
-    with pytest.raises(pile.Refusal, match="other valid share"):
-        tokens_of(tmp_path, [path], valid_share=0.3)
-    with pytest.raises(pile.Refusal, match="other sources"):
-        tokens_of(tmp_path, [write(tmp_path / "other.jsonl", [{"text": "x"}])])
-    other = pile.Bytes()
-    other.name = "gpt2"
-    with pytest.raises(pile.Refusal, match=r"other tokenizer \(bytes, now gpt2\)"):
-        pile.prepare_tokens(tmp_path / "tokens", [path], settings(), other)
-    (tmp_path / "tokens" / "train.bin").write_bytes(b"short")
-    with pytest.raises(pile.Refusal, match="does not have the"):
-        tokens_of(tmp_path, [path])
-    (tmp_path / "tokens" / "manifest.json").write_text("{}")
-    with pytest.raises(pile.Refusal, match="not a manifest"):
-        tokens_of(tmp_path, [path])
-
-
-def test_a_local_tokenizer_file_serves_as_gpt_neox(tmp_path):
-    tokenizers = pytest.importorskip("tokenizers")
-    codec = tokenizers.Tokenizer(tokenizers.models.BPE())
-    codec.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    codec.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, special_tokens=["<|endoftext|>"],
-                                             initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    codec.train_from_iterator(make_texts(), trainer)
-    codec.save(str(tmp_path / "tokenizer.json"))
-    vocabulary = pile.make_vocabulary("gpt-neox", tmp_path / "tokenizer.json")
-    text = "naïve 東京 <|endoftext|> the pile"
-    ids, num_bytes, zeros = vocabulary.encode(text)
-    assert vocabulary.decode(ids.tolist()) == text and num_bytes == len(text.encode()) and zeros == 0
-    assert vocabulary.separator not in ids and vocabulary.size == 304 and vocabulary.separator == 0
-    data = pile.prepare_tokens(tmp_path / "tokens", [make_data(tmp_path)], settings(), vocabulary)
-    rows = [row for split in data.manifest["subsets"].values() for row in split.values()]
-    assert sum(row["bytes"] for row in rows) == sum(len(text.encode()) for text in make_texts())
-    assert sum(row["tokens"] for row in rows) < 0.8 * sum(row["bytes"] for row in rows)
-    assert data.train.dtype == np.uint16 and data.train.max() < 304
-    (tmp_path / "broken.json").write_text("{}")
-    with pytest.raises(pile.Refusal, match="is no tokenizer.json"):
-        pile.make_vocabulary("gpt2", tmp_path / "broken.json")
 
 
 # Training -----------------------------------------------------------------------------------------------------------
@@ -290,33 +39,13 @@ def test_parameter_counts_of_the_paper():
     assert counts == {"attention": 151_880_448, "based": 147_542_016, "rebased": 147_548_928}
 
 
-def test_batches_do_not_depend_on_the_number_of_processes():
-    tokens, chosen = np.arange(5000) % 251, settings(batch_tokens=32 * 8)
-    for step in (0, 7, 100):
-        whole = pile.training_batch(tokens, chosen, step)
-        assert whole.shape == (8, 33) and torch.equal(whole[:, 1:] - whole[:, :-1] == 1, whole[:, 1:] != 0)
-        for world in (2, 4, 8):
-            shares = [pile.training_batch(tokens, chosen, step, rank, world) for rank in range(world)]
-            assert all(torch.equal(share, whole[rank::world]) for rank, share in enumerate(shares))
-
-
-@pytest.mark.parametrize("num_tokens", [96, 128, 1000, 4096, 33_333])
-def test_a_pass_sees_every_sequence_once_and_the_next_in_another_order(num_tokens):
-    passes, N = [], num_tokens // 32 - 1
-    for epoch in range(2):
-        starts = [pile.sequence_start(n, num_tokens, 32, 0) for n in range(epoch * N, (epoch + 1) * N)]
-        assert sorted(starts) == [min(starts) + 32 * i for i in range(N)] and max(starts) + 33 <= num_tokens
-        passes.append(starts)
-    assert passes[0] != passes[1]
-
-
 def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path):
     data = tokens_of(tmp_path, [make_data(tmp_path)])
     found = []
     for micro_batch in (1, 3, 4):
         chosen = settings(micro_batch=micro_batch)
         model = pile.make_model("rebased", chosen, data, CPU)
-        loss = pile.backward(model, pile.training_batch(data.train, chosen, 0), chosen, CPU)
+        loss = pile.backward(model, pile.pile_data.training_batch(data.train, chosen, 0), chosen, CPU)
         found.append((loss, torch.cat([p.grad.flatten() for p in model.parameters()])))
     for loss, gradient in found[:2]:
         assert loss == pytest.approx(found[2][0], rel=1e-5)
@@ -328,7 +57,7 @@ def test_recomputed_blocks_give_the_same_gradients(tmp_path):
     for again in (False, True):
         model = pile.make_model("rebased", chosen, data, CPU)
         ready = pile.make_ready(model, CPU, SimpleNamespace(compile=False, recompute=again))
-        pile.backward(ready, pile.training_batch(data.train, chosen, 0), chosen, CPU)
+        pile.backward(ready, pile.pile_data.training_batch(data.train, chosen, 0), chosen, CPU)
         gradients.append([p.grad for p in model.parameters()])
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-7) for a, b in zip(*gradients, strict=True))
 
@@ -422,7 +151,7 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_is_intact(trained, tmp_
     (tmp_path / "rebased").mkdir()
     model = pile.make_model("rebased", settings(), trained.data, CPU)
     optimizer, path = pile.make_optimizer(model, settings(), CPU.device), tmp_path / "rebased" / "checkpoint.pt"
-    pile.train_step(model, optimizer, pile.training_batch(trained.data.train, settings(), 0), 0, settings(), CPU)
+    pile.train_step(model, optimizer, pile.pile_data.training_batch(trained.data.train, settings(), 0), 0, settings(), CPU)
     pile.save_checkpoint(path, model, optimizer, 1, "rebased", settings(), trained.data)
     before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, limits[1]))
@@ -517,7 +246,7 @@ def test_loss_by_position_reaches_beyond_training(trained):
 # Generation ---------------------------------------------------------------------------------------------------------
 def test_streamed_text_is_the_greedy_continuation(trained):
     ids = [0, *"the pile 東".encode()]
-    text = "".join(pile.stream_text(trained.model.eval(), pile.Bytes(), ids, 20, 0.0, None))
+    text = "".join(pile.stream_text(trained.model.eval(), pile.pile_data.Bytes(), ids, 20, 0.0, None))
     expected = list(ids)
     for _ in range(20):
         expected.append(trained.model(torch.tensor([expected]))[0, -1].argmax().item())
@@ -530,7 +259,7 @@ def test_a_character_of_several_bytes_arrives_whole(monkeypatch):
     characters = "a東🙂é".encode()
     monkeypatch.setattr(models, "generate", lambda *_: (torch.tensor([byte]) for byte in [*characters, 0, 65]))
     model = models.LanguageModel(pile.laptop_config("rebased", 256))
-    assert [x for x in pile.stream_text(model, pile.Bytes(), [0], 9, 1.0, None) if x] == ["a", "東", "🙂", "é"]
+    assert [x for x in pile.stream_text(model, pile.pile_data.Bytes(), [0], 9, 1.0, None) if x] == ["a", "東", "🙂", "é"]
 
 
 @pytest.mark.parametrize("mixer", ["rebased", "based", "attention"])
@@ -622,31 +351,12 @@ def test_bad_input_is_one_clear_line(tmp_path, monkeypatch, capsys, arguments, m
     assert len(last) == 1 and message in last[0], shown
 
 
-def test_missing_zstandard_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "zstandard", None)
-    (tmp_path / "a.jsonl.zst").write_bytes(b"x")
-    with pytest.raises(pile.Refusal, match="pip install zstandard"):
-        list(pile.read_documents([tmp_path]))
-
-
 def test_importing_runs_nothing_and_loads_nothing_optional(tmp_path):
     code = ("import sys, importlib; importlib.import_module('05_train_pile'); "
             "print([m for m in ('zstandard', 'tiktoken', 'tokenizers', 'matplotlib') if m in sys.modules])")
     found = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
                            env=os.environ | {"PYTHONPATH": str(PROGRAM.parent)})
     assert found.stdout.strip() == "[]" and os.listdir(tmp_path) == []
-
-
-@pytest.mark.slow
-def test_the_library_is_the_same_text_in_every_process(tmp_path):
-    code = ("import sys; from importlib import import_module; from pathlib import Path; "
-            "import_module('05_train_pile').write_library(Path(sys.argv[1]))")
-    for seed in ("1", "2"):
-        subprocess.run([sys.executable, "-c", code, str(tmp_path / seed)], check=True,
-                       env=os.environ | {"PYTHONPATH": str(PROGRAM.parent), "PYTHONHASHSEED": seed})
-    assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes()
-    names = {subset for _, subset in map(pile.parse, (tmp_path / "1").read_bytes().splitlines())}
-    assert names == {"Library", "Tests", "Help"}
 
 
 # Kill, full stop and two processes ----------------------------------------------------------------------------------
