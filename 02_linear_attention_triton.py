@@ -487,3 +487,256 @@ def triton_attention(q, k, v, kernel, state=None, return_state=False):
         return o
     final = final.unflatten(0, (B, H))
     return o, linear.State(final[..., : P * Dv].unflatten(-1, (P, Dv)), final[..., P * Dv : P * Dv + P])
+
+# %% Claims, on a GPU or in the interpreter
+# Against the float64 definition on inputs whose normaliser is not near zero (01 shows what happens where it is), in
+# segments of 128 so that several are crossed. The interpreter multiplies bfloat16 wrongly: that type waits for a GPU.
+DEVICE = "cpu" if INTERPRETED else "cuda"
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3} | ({} if INTERPRETED else {torch.bfloat16: 5e-3})
+
+
+def inputs_away_from_zero(kernel, T, Dv=5, H=1, dtype=torch.float32):
+    """q, k from U(0.1, 1.1) and v, as leaves, and an upstream gradient."""
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.rand(2, 1, H, T, kernel.dim, generator=generator) + 0.1
+    v, upstream = torch.randn(2, 1, H, T, Dv, generator=generator)
+    return *(x.to(DEVICE, dtype).requires_grad_() for x in (q, k, v)), upstream.to(DEVICE, dtype)
+
+
+def errors(kernel, T, dtype, segment=128, **options):
+    """Relative RMS distance from the float64 definition: of o, and of dq, dk, dv (together if T = 1, where dq, dk are 0)."""
+    *inputs, upstream = inputs_away_from_zero(kernel, T, dtype=dtype, **options)
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    o, expected = attention_in(segment, *inputs, kernel), linear.quadratic_attention(*exact, kernel)
+    found, wanted = torch.autograd.grad(o, inputs, upstream), torch.autograd.grad(expected, exact, upstream.double())
+    pairs = zip(found, wanted, strict=True) if T > 1 else [(torch.cat(x, -1) for x in (found, wanted))]
+    return [linear.distance([a.double()], [b]) for a, b in [(o, expected), *pairs]]
+
+
+def attention_in(segment, *arguments):
+    """triton_attention in segments of this many tokens."""
+    global SEGMENT
+    before, SEGMENT = SEGMENT, segment
+    try:
+        return triton_attention(*arguments)
+    finally:
+        SEGMENT = before
+
+
+def check_table_is_the_features():
+    """The table gives the features of 01, number by number."""
+    x = torch.randn(3, 7, dtype=torch.float64)
+    for kernel in (kernels.ReBasedKernel(7), kernels.TaylorKernel(7), kernels.ReBasedKernel(7, floor=0.5)):
+        a, b, c = torch.tensor(feature_rows(kernel.coefficients, 7), dtype=torch.float64).T
+        x1 = F.pad(x, (0, 1), value=1.0)  # column −1 reads 1
+        assert torch.allclose(c * x1[:, a.long()] * x1[:, b.long()], kernel.features(x))
+
+
+def check_equals_the_definition():
+    """Output and gradients, ReBased and Based, within TOLERANCE of the float64 quadratic form."""
+    worst = {}
+    for dtype, tolerance in TOLERANCE.items():
+        for kernel in (kernels.ReBasedKernel(16), kernels.TaylorKernel(16)):
+            worst[dtype] = max(worst.get(dtype, 0), *errors(kernel, 150, dtype))
+        assert worst[dtype] <= tolerance, f"{dtype} is off by {worst[dtype]:.1e}"
+    return ", ".join(f"{str(dtype)[6:]} {error:.0e}" for dtype, error in worst.items())
+
+
+def check_state_carries():
+    """Three pieces equal one run, and so do their gradients."""
+    kernel = kernels.ReBasedKernel(16)
+    *inputs, upstream = inputs_away_from_zero(kernel, 150)
+    whole, state, pieces = attention_in(64, *inputs, kernel), None, []
+    for a, b in ((0, 70), (70, 71), (71, 150)):
+        o, state = attention_in(64, *(x[:, :, a:b] for x in inputs), kernel, state, True)
+        pieces.append(o)
+    carried = torch.cat(pieces, 2)
+    error = linear.distance([carried], [whole])
+    error = max(error, linear.distance(*(torch.autograd.grad(o, inputs, upstream) for o in (carried, whole))))
+    assert error < 1e-5, f"three pieces differ from one run by {error:.1e}"
+
+
+def check_the_normaliser_has_a_gradient():
+    """A gradient that takes den for a constant (δ = 0) is far outside every tolerance."""
+    kernel = kernels.ReBasedKernel(16)
+    *inputs, upstream = inputs_away_from_zero(kernel, 150)
+    weights = linear.causal_weights(*inputs[:2], kernel)
+    o = weights @ inputs[2] / (weights.sum(-1, keepdim=True).detach() + linear.EPS)
+    wrong = torch.autograd.grad(o, inputs[:2], upstream)
+    error = linear.distance(wrong, torch.autograd.grad(triton_attention(*inputs, kernel), inputs[:2], upstream))
+    assert error > 0.1, f"without δ the gradient is off by {error:.1e} only: this input tests nothing"
+    return f"without δ, dq and dk are off by {error:.0%}"
+
+
+CHECKS = [check_table_is_the_features, check_equals_the_definition, check_state_carries,
+          check_the_normaliser_has_a_gradient]
+
+# %% What the compiler made of it
+# Triton compiles for a card that is not there. Registers decide how many programs share a multiprocessor (65,536 of
+# them, 128 threads a program); what does not fit in 255 goes to the stack, which is memory ("spills"): it must be 0.
+# Shared memory must fit a consumer card, 99 KiB.
+KERNELS = {"state": (state_kernel, False), "scan": (scan_kernel, False), "output": (output_kernel, False),
+           "dq": (query_kernel, False), "state, reverse": (state_kernel, True), "dk, dv": (key_kernel, False)}
+
+
+def compile_for(capability, kernel, reverse, dtype=torch.bfloat16, D=16, Dv=64, P=136):
+    """(registers, stack bytes, shared memory bytes) of a kernel on sm_`capability`, every size a multiple of 16."""
+    sizes, types, aligned = sizes_for(D, Dv, P, dtype, SEGMENT), {}, {}
+    fixed = {"sizes": on_chip(sizes), "REVERSE": reverse, "STATE": sizes.STATE, "ROWS": ROWS, "COLUMNS": COLUMNS}
+    fixed = {name: value for name, value in fixed.items() if name in kernel.arg_names}
+    element = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}[dtype]
+    for place, name in enumerate(kernel.arg_names):  # what the launches above pass
+        if name in fixed:
+            types[name] = "constexpr"
+        elif name in ("heads", "T", "steps", "slots", "first", "last"):
+            types[name] = "i32"
+        elif name == "weight":
+            types[name] = ("fp32",) * 3
+        else:
+            single = name in ("inverse", "delta", "table", "states")
+            types[name] = "*fp32" if single else (element, "i32", "i32", "i32")
+            aligned |= {(place, *rest): [["tt.divisibility", 16]] for rest in ([()] if single else [(n,) for n in range(4)])}
+    source = triton.compiler.ASTSource(kernel, types, fixed, aligned)
+    target = triton.backends.compiler.GPUTarget("cuda", capability, 32)
+    compiled = triton.compile(source, target=target)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    return registers, stack, compiled.metadata.shared
+
+
+@functools.cache
+def static_table():
+    """[(kernel, capability, registers, stack, shared)] at D = 16, Dv = 64, bfloat16, for an A100 and an H100."""
+    return [(name, capability, *compile_for(capability, *kernel)) for capability in (80, 90)
+            for name, kernel in KERNELS.items()]
+
+
+def check_nothing_spills():
+    """No kernel uses the stack, and all fit the 99 KiB of shared memory of a consumer card."""
+    for name, capability, _, stack, shared in static_table():
+        assert stack == 0, f"{name} on sm_{capability} spills {stack} bytes"
+        assert shared <= 99 * 1024, f"{name} on sm_{capability} needs {shared} bytes of shared memory"
+
+
+def print_static_table():
+    """The table, and a sentence that reads it."""
+    print("bfloat16, D=16, Dv=64, ReBased, 4 warps a program; not run, only compiled.\n")
+    print(f"{'kernel':16}{'target':>8}{'registers':>11}{'stack':>7}{'shared':>9}{'programs a multiprocessor':>27}")
+    for name, capability, registers, stack, shared in static_table():
+        programs = 65536 // (-(-registers // 8) * 8 * 128)
+        print(f"{name:16}{f'sm_{capability}':>8}{registers:11}{stack:7}{shared:9,}{programs:27}")
+    name, capability, most, *_ = max(static_table(), key=lambda row: row[2])
+    spills = sum(row[3] > 0 for row in static_table())
+    print(f"\n{name} on sm_{capability} needs most, {most} of the 255 registers a thread can have; {spills or 'no'} kernel spills.")
+    print("Predicted on an H100 for T = 512 and 8,192: " + " and ".join(
+        f"{forward:.2f} ns a token and head forward, {both:.2f} with backward"
+        for forward, both in (predicted_ns(512), predicted_ns(8192))) + ".\n")
+
+# %% On a GPU: speed and memory, against what one would run otherwise
+# B·H·T = 2²⁰ at every T, or the launches would decide. ns per token and head, and the peak of memory above the inputs.
+# flash-linear-attention is measured if it is installed; its chunk mode is given φ(q), φ(k) of 01, materialised in time.
+def competitors():
+    """Name -> (function of q, k, v, head dimension of q and k)."""
+    kernel, sdpa = kernels.ReBasedKernel(16), F.scaled_dot_product_attention
+    forms = {"this file": (functools.partial(triton_attention, kernel=kernel), 16),
+             "quadratic": (functools.partial(linear.quadratic_attention, kernel=kernel), 16),
+             "softmax, SDPA": (functools.partial(sdpa, is_causal=True), 64)}
+    try:
+        from fla.ops.linear_attn import chunk_linear_attn
+        from fla.ops.rebased import parallel_rebased
+    except ImportError:
+        print("flash-linear-attention is not installed (pip install flash-linear-attention): its columns are left out")
+        return forms
+
+    def materialised(q, k, v):
+        q, k = (kernel.features(x).transpose(1, 2) for x in (q, k))  # (B, T, H, P)
+        return chunk_linear_attn(q, k, v.transpose(1, 2), normalize=True, scale=1)[0]
+
+    def parallel(q, k, v):
+        return parallel_rebased(*(x.transpose(1, 2) for x in (q, k, v)))
+
+    return forms | {"fla parallel": (parallel, 16), "fla chunk": (materialised, 16)}
+
+
+def measure(form, D, T, total=2**20):
+    """[(ns per token and head, MiB)] forward and forward + backward; None where the card has no room."""
+    results = []
+    for backward in (False, True):
+        q, k, v = (torch.rand(1, total // T, T, size, device="cuda").bfloat16() for size in (D, D, 64))
+        upstream, inputs = torch.randn_like(v), [x.requires_grad_(backward) for x in (q, k, v)]
+
+        def call():
+            o = form(*inputs)  # noqa: B023
+            return torch.autograd.grad(o, inputs, upstream.view_as(o)) if backward else o  # noqa: B023
+
+        try:
+            before = torch.cuda.memory_allocated()
+            call()
+            torch.cuda.reset_peak_memory_stats()
+            call()
+            peak = torch.cuda.max_memory_allocated() - before
+            results.append((triton.testing.do_bench(call, return_mode="median") * 1e6 / total, peak / 2**20))
+        except torch.cuda.OutOfMemoryError:
+            results.append(None)
+    return results
+
+
+def print_benchmark(lengths=(256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)):
+    """One line per form and length -> {(form, T): [forward, forward + backward]}, a pair of numbers or None each."""
+    print(f"{torch.cuda.get_device_name()}, bfloat16, D=16 (softmax 64), Dv=64, B·H·T = 2²⁰; ns a token and head, MiB\n")
+    print(f"{'form':16}{'T':>8}{'forward':>10}{'MiB':>8}{'with backward':>15}{'MiB':>8}")
+    rows = {}
+    for name, (form, D) in competitors().items():
+        for T in lengths:
+            if name == "quadratic" and T > 4096:  # T² weights in float32, several times over
+                continue
+            rows[name, T] = measure(form, D, T)
+    rows |= {("predicted", T): [(ns, math.nan) for ns in predicted_ns(T)] for T in lengths}
+    for (name, T), (forward, both) in rows.items():
+        cells = [f"{x[0]:10.2f}{x[1]:8.0f}" if x else f"{'–':>10}{'–':>8}" for x in (forward, both)]
+        print(f"{name:16}{T:8,}{cells[0]}{'':5}{cells[1]}")
+    ours, soft, least = (rows[name, 8192][1][0] for name in ("this file", "softmax, SDPA", "predicted"))
+    flat = rows["this file", 65536][1][0] / ours
+    print(f"\nAt T = 8,192, forward and backward, softmax takes {soft / ours:.1f} times as long as this file, which takes "
+          f"{ours / least:.1f} times\nwhat was predicted; a token at 65,536 costs {flat:.2f} times as much as one at 8,192.\n")
+    return rows
+
+
+def draw(rows, path):
+    """ns per token and head, forward + backward, against T."""
+    if (plt := kernels.pyplot()) is None:
+        return
+    figure, axis = plt.subplots(figsize=(6.5, 4.2), layout="constrained")
+    for name in dict.fromkeys(name for name, _ in rows):
+        points = [(T, both[0]) for (form, T), (_, both) in rows.items() if form == name and both]
+        axis.plot(*zip(*points, strict=True), ":" if name == "predicted" else "o-", label=name)
+    axis.set(xscale="log", yscale="log", xlabel="T", ylabel="ns a token and head, forward + backward")
+    axis.legend(frameon=False)
+    figure.savefig(path, dpi=120)
+    print(f"figure: {path}\n")
+
+
+def main(argv=None):
+    """With a GPU the benchmark; without, the static table; then the checks. Returns how many failed."""
+    parser = argparse.ArgumentParser(description="02: linear attention as Triton kernels, checked, compiled and, on a GPU, timed")
+    parser.add_argument("--figure", type=kernels.writable, default="runs/02_linear_attention_triton.png",
+                        help="where to draw the timings; only with a GPU (%(default)s)")
+    options = kernels.parse_arguments(parser, argv)
+    if INTERPRETED:
+        return kernels.run_checks(CHECKS)
+    if torch.cuda.is_available():
+        draw(print_benchmark(), options.figure)
+        return kernels.run_checks([check_nothing_spills, *CHECKS])
+    print_static_table()
+    failed = kernels.run_checks([check_nothing_spills])
+    print("\nNo GPU here: the kernels run in Triton's interpreter, in a process of its own.", flush=True)
+    return failed + subprocess.run([sys.executable, __file__], env=os.environ | {"TRITON_INTERPRET": "1"}).returncode
+
+
+if __name__ == "__main__":
+    if main():
+        sys.exit(1)
