@@ -9,7 +9,8 @@ You will learn
   4. how to test kernels without a GPU: interpret them, compile them for a card that is not there.
 
 Equations, for sim = c0 + c1·s + c2·s² = u² + floor with u = scale·q·k + shift (ReBased, Based; `complete_square` of 02)
-  forward    o_i = Σ_j w_ij v_j / den_i,  den_i = Σ_j w_ij + ε;  the j of earlier segments through S = Σ φ(k_j) v_jᵀ, z = Σ φ(k_j)
+  forward    o_i = Σ_j w_ij v_j / den_i,  den_i = Σ_j w_ij + ε
+             the j of earlier segments through S = Σ φ(k_j) v_jᵀ, z = Σ φ(k_j)
   backward   δ_i = do_i·o_i = Σ_j w_ij (do_i·v_j)/den_i,  dw_ij = (do_i·v_j − δ_i)/den_i,  du_ij = 2 u_ij dw_ij
              dq_i = scale Σ_j du_ij k_j,  dk_j = scale Σ_i du_ij q_i,  dv_j = Σ_i (w_ij/den_i) do_i
              the i of later segments through R = Σ φ(q_i) do_iᵀ/den_i, r = −Σ φ(q_i) δ_i/den_i
@@ -51,7 +52,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # read by Triton when i
 # The state of one head is 35 KB, the k and v of 218 tokens. A chunk of 64 would write, scan and read it every 64
 # tokens: eight times the bytes of q, k, v and o. So the chunk is a *segment* of 512 tokens, worked through in tiles of
 # 64; inside it the quadratic form costs a query (512 + 64)/2 keys on average, still less than what 136 features cost.
-# The sum of compute and memory, in ns per token and head on an H100: what a perfect schedule without overlap would take.
+# The sum of compute and memory, in ns per token and head on an H100: a perfect schedule in which nothing overlaps.
 SEGMENT, TILE, FEATURES = 512, 64, 32  # tokens a state, tokens a tile, rows of the state a step
 FLOPS, BYTES = 400e12, 3.0e12  # per second: half of a product's measured rate, and the measured rate of memory
 
@@ -113,12 +114,13 @@ class Sizes(NamedTuple):
 
 def sizes_for(D, Dv, P, dtype, segment):
     """bfloat16 is multiplied as it is. float16 goes as tf32, which has its 10 bits and the range of float32: S
-    overflows float16. float32 is three tf32 products; its operands are twice as large, so its tiles are half."""
+    overflows float16. float32 is multiplied as it is, off the tensor cores, in half tiles: its operands are twice as
+    large. (Three tf32 products would do; they spill 700 bytes in the largest kernel.)"""
     pad = -(-P // FEATURES) * FEATURES
     return Sizes(D, Dv, P, triton.next_power_of_2(max(16, D)), triton.next_power_of_2(max(16, Dv)), pad,
                  -(-P * (Dv + 1) // 16) * 16, segment, TILE // 2 if dtype == torch.float32 else TILE, FEATURES,
                  tl.bfloat16 if dtype == torch.bfloat16 else tl.float32,
-                 "tf32x3" if dtype == torch.float32 else "tf32", linear.EPS)
+                 "ieee" if dtype == torch.float32 else "tf32", linear.EPS)
 
 
 def on_chip(sizes):
@@ -234,7 +236,8 @@ def scan_kernel(states, steps, slots, STATE: tl.constexpr, ROWS: tl.constexpr, C
     for start in range(0, steps + 1, ROWS):
         row = start + tl.arange(0, ROWS)
         slot = (slots - 1 - row if REVERSE else row).to(tl.int64)
-        where, mask = states + slot[:, None] * STATE + column[None, :], (row <= steps)[:, None] & (column < STATE)[None, :]
+        where = states + slot[:, None] * STATE + column[None, :]
+        mask = (row <= steps)[:, None] & (column < STATE)[None, :]
         x = tl.load(where, mask=mask, other=0.0)
         tl.store(where, tl.cumsum(x, 0) + total[None, :], mask=mask)
         total += tl.sum(x, 0)
@@ -262,7 +265,7 @@ def output_kernel(q, k, v, o, inverse, table, states, weight, heads, T, slots, f
             phi = (xa * xb * c).to(sizes.TYPE)
             num = tl.dot(phi, S.to(sizes.TYPE), num, input_precision=sizes.PRECISION)
             den += tl.sum(phi.to(tl.float32) * z[None, :], 1)
-    # 1. Inside the segment: the quadratic form, tile by tile up to the diagonal. (Keys beyond T come after every query.)
+    # 1. Inside the segment: the quadratic form, tile by tile. (Keys beyond T come after every query.)
     for past in range(segment * sizes.SEGMENT, start + sizes.TILE, sizes.TILE):
         j = past + tl.arange(0, sizes.TILE)
         kt = load(k, n, heads, j, T, sizes.D, sizes.D_PAD, sizes.TYPE)
@@ -366,7 +369,7 @@ def operand(x):
 
 
 def set_up(q, v, coefficients, segment):
-    """What both directions need: table, (scale, shift, floor), sizes, the number of segments and of tiles over all heads."""
+    """-> table, (scale, shift, floor), sizes, number of segments, number of tiles over all heads."""
     (B, H, T, D), w = q.shape, linear.complete_square(coefficients, q.shape[-1])
     sizes = sizes_for(D, v.shape[-1], len(feature_rows(tuple(coefficients), D)), v.dtype, segment)
     table = feature_table(tuple(coefficients), D, q.device)
@@ -405,9 +408,10 @@ def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, initial: torch.Te
 
 @forward.register_fake
 def _(q, k, v, initial, coefficients, segment, keep):
-    (B, H, T, D), P = q.shape, len(feature_rows(tuple(coefficients), q.shape[-1]))
+    (B, H, T, _), P = q.shape, len(feature_rows(tuple(coefficients), q.shape[-1]))
     states = q.new_empty(B * H, -(-T // segment) + 1, -(-P * (v.shape[-1] + 1) // 16) * 16, dtype=torch.float32)
-    return torch.empty_like(v), torch.empty_like(states[:, -1] if keep else states[:0, 0, 0]), states, states.new_empty(B * H, T)
+    final = torch.empty_like(states[:, -1] if keep else states[:0, 0, 0])
+    return torch.empty_like(v), final, states, states.new_empty(B * H, T)
 
 
 @torch.library.custom_op("rebased::triton_backward", mutates_args=())
@@ -435,16 +439,16 @@ def _(do, d_final, q, k, v, states, inverse, coefficients, segment, has_initial)
 
 def remember(ctx, inputs, output):
     """What the forward leaves for the backward."""
-    q, k, v, initial, coefficients, segment, _ = inputs
+    q, k, v, initial, coefficients, segment, keep = inputs
     ctx.set_materialize_grads(False)  # a gradient that is not there stays None, not a tensor of zeros
     ctx.save_for_backward(q, k, v, *output[2:])
-    ctx.rest = list(coefficients), segment, initial is not None
+    ctx.keep, ctx.rest = keep, (list(coefficients), segment, initial is not None)
 
 
 def differentiate(ctx, do, d_final, *_):
     """Gradients for the arguments of `forward`."""
     do = torch.zeros_like(ctx.saved_tensors[2]) if do is None else do
-    *grads, d_initial = backward(do, d_final, *ctx.saved_tensors, *ctx.rest)
+    *grads, d_initial = backward(do, d_final if ctx.keep else None, *ctx.saved_tensors, *ctx.rest)
     return *grads, d_initial if ctx.rest[-1] else None, None, None, None
 
 
@@ -455,7 +459,7 @@ def beyond_limits(q, k, v, kernel):
     """None, or in one line which limit these inputs exceed; `attention` of 02 then takes the chunked form."""
     types = (torch.float32, torch.bfloat16, torch.float16)
     if kernel.coefficients is None or not kernel.coefficients[2]:
-        return f"a polynomial kernel of degree two (coefficients (c0, c1, c2)), not {type(kernel).__name__} without them"
+        return f"a kernel with coefficients (c0, c1, c2), c2 > 0; {type(kernel).__name__} has {kernel.coefficients}"
     if any(x.dtype not in types for x in (q, k, v)):
         return f"float32, bfloat16 or float16 tensors, got {q.dtype}, {k.dtype}, {v.dtype}"
     if q.shape[-1] > 32 or v.shape[-1] > 128:
@@ -477,15 +481,15 @@ def triton_attention(q, k, v, kernel, state=None, return_state=False):
     if problem := beyond_limits(q, k, v, kernel):
         raise ValueError(f"triton_attention needs {problem}")
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    (B, H, _, D), Dv, coefficients = q.shape, v.shape[-1], [float(c) for c in kernel.coefficients]
-    P, initial = len(feature_rows(tuple(coefficients), D)), None
+    (B, H, _, _), Dv, coefficients = q.shape, v.shape[-1], [float(c) for c in kernel.coefficients]
+    initial = None
     if state is not None:
         packed = torch.cat([state.S.flatten(2), state.z], -1).flatten(0, 1).float()  # (N, P·Dv + P)
         initial = F.pad(packed, (0, -packed.shape[-1] % 16))
     o, final, _, _ = forward(q, k, v, initial, coefficients, SEGMENT, return_state)
     if not return_state:
         return o
-    final = final.unflatten(0, (B, H))
+    P, final = kernel.num_features, final.unflatten(0, (B, H))
     return o, linear.State(final[..., : P * Dv].unflatten(-1, (P, Dv)), final[..., P * Dv : P * Dv + P])
 
 # %% Claims, on a GPU or in the interpreter
@@ -504,7 +508,7 @@ def inputs_away_from_zero(kernel, T, Dv=5, H=1, dtype=torch.float32):
 
 
 def errors(kernel, T, dtype, segment=128, **options):
-    """Relative RMS distance from the float64 definition: of o, and of dq, dk, dv (together if T = 1, where dq, dk are 0)."""
+    """Relative RMS distance from float64: of o, and of dq, dk, dv (of all together if T = 1, where dq = dk = 0)."""
     *inputs, upstream = inputs_away_from_zero(kernel, T, dtype=dtype, **options)
     exact = [x.detach().double().requires_grad_() for x in inputs]
     o, expected = attention_in(segment, *inputs, kernel), linear.quadratic_attention(*exact, kernel)
@@ -595,7 +599,8 @@ def compile_for(capability, kernel, reverse, dtype=torch.bfloat16, D=16, Dv=64, 
         else:
             single = name in ("inverse", "delta", "table", "states")
             types[name] = "*fp32" if single else (element, "i32", "i32", "i32")
-            aligned |= {(place, *rest): [["tt.divisibility", 16]] for rest in ([()] if single else [(n,) for n in range(4)])}
+            paths = [(place,)] if single else [(place, part) for part in range(4)]
+            aligned |= dict.fromkeys(paths, [["tt.divisibility", 16]])
     source = triton.compiler.ASTSource(kernel, types, fixed, aligned)
     target = triton.backends.compiler.GPUTarget("cuda", capability, 32)
     compiled = triton.compile(source, target=target)
@@ -631,10 +636,10 @@ def print_static_table():
         print(f"{name:16}{f'sm_{capability}':>8}{registers:11}{stack:7}{shared:9,}{programs:27}")
     name, capability, most, *_ = max(static_table(), key=lambda row: row[2])
     spills = sum(row[3] > 0 for row in static_table())
-    print(f"\n{name} on sm_{capability} needs most, {most} of the 255 registers a thread can have; {spills or 'no'} kernel spills.")
-    print("Predicted on an H100 for T = 512 and 8,192: " + " and ".join(
-        f"{forward:.2f} ns a token and head forward, {both:.2f} with backward"
-        for forward, both in (predicted_ns(512), predicted_ns(8192))) + ".\n")
+    print(f"\n{name} on sm_{capability} needs most, {most} of the 255 registers a thread can have; "
+          f"{spills or 'no'} kernel spills.")
+    forward, both = predicted_ns(8192)
+    print(f"Predicted for an H100 at T = 8,192: {forward:.2f} ns a token and head forward, {both:.2f} with backward.\n")
 
 # %% On a GPU: speed and memory, against what one would run otherwise
 # B·H·T = 2²⁰ at every T, or the launches would decide. ns per token and head, and the peak of memory above the inputs.
@@ -687,7 +692,7 @@ def measure(form, D, T, total=2**20):
 
 def print_benchmark(lengths=(256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)):
     """One line per form and length -> {(form, T): [forward, forward + backward]}, a pair of numbers or None each."""
-    print(f"{torch.cuda.get_device_name()}, bfloat16, D=16 (softmax 64), Dv=64, B·H·T = 2²⁰; ns a token and head, MiB\n")
+    print(f"{torch.cuda.get_device_name()}, bfloat16, D=16 (softmax 64), Dv=64, B·H·T = 2²⁰; ns a token\n")
     print(f"{'form':16}{'T':>8}{'forward':>10}{'MiB':>8}{'with backward':>15}{'MiB':>8}")
     rows = {}
     for name, (form, D) in competitors().items():
@@ -701,8 +706,8 @@ def print_benchmark(lengths=(256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 655
         print(f"{name:16}{T:8,}{cells[0]}{'':5}{cells[1]}")
     ours, soft, least = (rows[name, 8192][1][0] for name in ("this file", "softmax, SDPA", "predicted"))
     flat = rows["this file", 65536][1][0] / ours
-    print(f"\nAt T = 8,192, forward and backward, softmax takes {soft / ours:.1f} times as long as this file, which takes "
-          f"{ours / least:.1f} times\nwhat was predicted; a token at 65,536 costs {flat:.2f} times as much as one at 8,192.\n")
+    print(f"\nAt T = 8,192, forward and backward, softmax takes {soft / ours:.1f} times as long as this file,\nwhich takes "
+          f"{ours / least:.1f} times what was predicted; a token at 65,536 costs {flat:.2f} times one at 8,192.\n")
     return rows
 
 
@@ -722,7 +727,7 @@ def draw(rows, path):
 
 def main(argv=None):
     """With a GPU the benchmark; without, the static table; then the checks. Returns how many failed."""
-    parser = argparse.ArgumentParser(description="02: linear attention as Triton kernels, checked, compiled and, on a GPU, timed")
+    parser = argparse.ArgumentParser(description="02: linear attention as Triton kernels; timed on a GPU")
     parser.add_argument("--figure", type=kernels.writable, default="runs/02_linear_attention_triton.png",
                         help="where to draw the timings; only with a GPU (%(default)s)")
     options = kernels.parse_arguments(parser, argv)
