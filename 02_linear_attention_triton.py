@@ -408,7 +408,8 @@ def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, initial: torch.Te
 
 @forward.register_fake
 def _(q, k, v, initial, coefficients, segment, keep):
-    (B, H, T, _), P = q.shape, len(feature_rows(tuple(coefficients), q.shape[-1]))
+    (B, H, T, D), c = q.shape, tuple(coefficients)
+    P = len(feature_rows(c, int(D)))  # int: a symbolic D becomes this one
     states = q.new_empty(B * H, -(-T // segment) + 1, -(-P * (v.shape[-1] + 1) // 16) * 16, dtype=torch.float32)
     final = torch.empty_like(states[:, -1] if keep else states[:0, 0, 0])
     return torch.empty_like(v), final, states, states.new_empty(B * H, T)
@@ -706,8 +707,8 @@ def print_benchmark(lengths=(256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 655
         print(f"{name:16}{T:8,}{cells[0]}{'':5}{cells[1]}")
     ours, soft, least = (rows[name, 8192][1][0] for name in ("this file", "softmax, SDPA", "predicted"))
     flat = rows["this file", 65536][1][0] / ours
-    print(f"\nAt T = 8,192, forward and backward, softmax takes {soft / ours:.1f} times as long as this file,\nwhich takes "
-          f"{ours / least:.1f} times what was predicted; a token at 65,536 costs {flat:.2f} times one at 8,192.\n")
+    print(f"\nAt T = 8,192, forward and backward, softmax takes {soft / ours:.1f} times as long as this file,\n"
+          f"which takes {ours / least:.1f} times what was predicted; a token at 65,536 costs {flat:.2f} times one at 8,192.\n")
     return rows
 
 

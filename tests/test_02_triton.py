@@ -1,7 +1,8 @@
-"""The specification of 02_linear_attention_triton.py: interpreted (float32, float16), on a GPU if there is one, compiled.
+"""The specification of 02_linear_attention_triton.py: interpreted, on a GPU if there is one, compiled.
 
 A process in which TRITON_INTERPRET is set cannot compile, and Triton reads it when it is imported. So the tests
-that run kernels skip themselves in an ordinary process without a GPU, and one test runs them all in a process of their own.
+that run kernels skip themselves in an ordinary process without a GPU, and one test runs them
+all in a process of their own.
 """
 
 import os
