@@ -29,7 +29,11 @@ Run: python 01_kernels.py      (5 seconds: a table, its reading, runs/01_kernels
 # %%
 import argparse
 import math
+import os
+import platform
+import subprocess
 import sys
+from datetime import date
 from pathlib import Path
 
 import torch
@@ -342,6 +346,19 @@ def writable(path):
     except OSError as error:
         raise argparse.ArgumentTypeError(f"cannot write {path}: {error.strerror}; choose another path") from None
     return path
+
+
+def provenance(file, argv):
+    """What a reader of a result must know: command, commit, day, machine, version."""
+    file = Path(file)
+    git = ["git", "-C", str(file.parent.resolve()), "describe", "--always", "--dirty"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
+    hardware = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    return {"command": " ".join(["python", file.name, *argv]), "commit": commit, "date": date.today().isoformat(),
+            "hardware": hardware, "torch": torch.__version__}
 
 
 def pyplot():

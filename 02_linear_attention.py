@@ -22,6 +22,7 @@ Letters: B batch, H heads, T time, D query/key dimension, Dv value dimension, P 
 References: [P], [K] as in 01; chunks: Hua et al., Transformer Quality in Linear Time, ICML 2022, arXiv 2202.10447.
 
 Run: python 02_linear_attention.py     (15 seconds: predicted and measured cost, runs/02_linear_attention.png, checks)
+     python 02_linear_attention.py --benchmark --threads 1     (15 minutes: against softmax, up to 65,536 tokens)
 """
 # %%
 import argparse
@@ -57,12 +58,15 @@ def accept(q, k, v, kernel, state=None, T=None):
     Raises TypeError for what is not a floating-point tensor, ValueError for shapes that do not fit.
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
-        kernels.check_last_dim(x, x.shape[-1] if name == "v" and x.ndim else kernel.dim, name)
+        free = name == "v" and isinstance(x, torch.Tensor) and x.ndim > 0  # Dv may be anything
+        kernels.check_last_dim(x, x.shape[-1] if free else kernel.dim, name)
         if x.ndim != 4 or 0 in x.shape:
             raise ValueError(f"{name} must be (B, H, T, size) with every size at least 1, got {tuple(x.shape)}")
     if q.shape[:2] != k.shape[:2] or k.shape[:3] != v.shape[:3] or q.shape[2] != (T or k.shape[2]):
         raise ValueError(f"q, k and v disagree in B, H or T: {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
     if state is not None:
+        if not isinstance(state, State):
+            raise TypeError(f"state must be a State(S, z) as another call returned it, got {type(state).__name__}")
         expected = (*k.shape[:2], kernel.num_features, v.shape[-1])
         if state.S.shape != expected or state.z.shape != expected[:3]:
             raise ValueError(f"state must be S {expected} and z {expected[:3]} (B, H, P, Dv), "
@@ -187,116 +191,123 @@ def weigh(u, weight):
     return (u.add_(weight.floor) if weight.floor else u).tril_()
 
 # %% Features, laid out for a chunk
-# The features of 01 in the same order, with time as the last dimension, (N, P, C): each rotation of x is then a run
-# of consecutive rows and each product runs along memory. On a CPU that is ten times as fast as the row layout and
-# costs a fifth of the matrix product that reads it; as it is that cheap, the backward pass computes it again.
-def chunk_features(x, coefficients, out):
-    """φ(x)ᵀ: x (N, C, D) -> out (N, P, C)."""
-    (c0, c1, c2), D, row = coefficients, x.shape[-1], 0
-    if c0:
-        out[:, 0], row = math.sqrt(c0), 1
-    if c1:
-        torch.mul(x.mT, math.sqrt(c1 / math.sqrt(D)), out=out[:, row : row + D])
-        row += D
-    if c2:
-        twice = torch.cat([x.mT, x.mT], dim=1).mul_((c2 / D) ** 0.25)  # (N, 2D, C)
-        left = twice[:, :D]
-        for turn in range(D // 2 + 1):
-            rows = min(D, out.shape[1] - row)  # the last rotation is half a one when D is even
-            torch.mul(left[:, :rows], twice[:, turn : turn + rows], out=out[:, row : row + rows])
-            left = twice[:, :D] * math.sqrt(2) if turn == 0 else left
-            row += rows
-    return out
+# The features of 01 in the same order, but with time as the last dimension, (N, P, C): each rotation of x is then a
+# run of rows, and all products are one multiplication along memory. On a CPU that takes a tenth of the time of the row
+# layout, a fifth of the matrix product that reads it; so the backward pass computes features again. Storing them for
+# autograd, 136 numbers a token where q has 16, is what makes long sequences slow.
+# The room below is reserved once a sweep: fresh memory costs more than the arithmetic that fills it. It holds whole
+# rotations; when D is even the last half of the last one repeats the first, and P leaves it out.
+class ChunkFeatures:
+    """φ(x)ᵀ of a chunk and its gradient, for c0 + c1·s + c2·s² and inputs like x (N, T, D), chunks of C."""
 
+    def __init__(self, x, coefficients, C):
+        (c0, c1, c2), (N, _, D) = coefficients, x.shape
+        self.D, self.turns, self.before = D, D // 2 + 1 if c2 else 0, bool(c0) + bool(c1) * D
+        self.P = self.before + (D * (D + 1) // 2 if c2 else 0)
+        self.scale, self.linear = (2 * c2 / D) ** 0.25 or 1.0, math.sqrt(c1 / math.sqrt(D))
+        identity = torch.eye(D, dtype=x.dtype, device=x.device).expand(N, D, D)
+        self.double = torch.cat([identity, identity], 1) * self.scale  # (N, 2D, D)
+        self.unrotate = self.rotations(torch.cat([identity, identity], 1)).flatten(1, 2).mT  # (N, D, turns·D)
+        self.room = x.new_zeros(2, N, self.before + self.turns * D, C)  # φ and its gradient
+        if c0:
+            self.room[0, :, 0] = math.sqrt(c0)
 
-def chunk_features_backward(x, grad, coefficients):
-    """The gradient of x (N, C, D), from the gradient of φ(x)ᵀ (N, P, C)."""
-    (c0, c1, c2), D, row = coefficients, x.shape[-1], 0
-    row = 1 if c0 else 0
-    dx = torch.zeros_like(x.mT)  # (N, D, C)
-    if c1:
-        dx += grad[:, row : row + D] * math.sqrt(c1 / math.sqrt(D))
-        row += D
-    if c2:
-        scale = (c2 / D) ** 0.25
-        twice = torch.cat([x.mT, x.mT], dim=1)
-        d_twice = torch.zeros_like(twice)
-        for turn in range(D // 2 + 1):  # product rule: d(x_a x_b) = x_b dx_a + x_a dx_b
-            rows = min(D, grad.shape[1] - row)
-            d_phi, factor = grad[:, row : row + rows], scale * scale * (math.sqrt(2) if turn else 1)
-            d_twice[:, :rows].addcmul_(d_phi, twice[:, turn : turn + rows], value=factor)
-            d_twice[:, turn : turn + rows].addcmul_(d_phi, twice[:, :rows], value=factor)
-            row += rows
-        dx += d_twice[:, :D] + d_twice[:, D:]
-    return dx.mT
+    def rotations(self, twice):
+        """(N, 2D, C) -> its rows rotated by 0, 1, ..., D/2 places: (N, turns, D, C), a view."""
+        return twice.unfold(1, self.D, 1).mT[:, : self.turns]
+
+    def __call__(self, x):
+        """x (N, c, D), c <= C -> φ(x)ᵀ (N, P, c), in the room: valid until the next call."""
+        room, (D, before) = self.room[0, ..., : x.shape[1]], (self.D, self.before)
+        twice = torch.bmm(self.double, x.mT)  # (N, 2D, c): transposed, scaled and doubled by one product
+        if self.linear:
+            torch.mul(twice[:, :D], self.linear / self.scale, out=room[:, before - D : before])
+        if self.turns:
+            products = room[:, before:].unflatten(1, (self.turns, D))
+            torch.mul(twice[:, None, :D], self.rotations(twice), out=products)  # √2 x_a x_b ...
+            products[:, 0].mul_(math.sqrt(0.5))  # ... but x_a² occurs once
+        return room[:, : self.P]
+
+    def backward(self, x, A, B):
+        """dx (N, c, D) if the gradient of φ(x)ᵀ is A @ B: A (N, P, V), B (N, V, c)."""
+        grad, (D, before) = self.room[1, ..., : x.shape[1]], (self.D, self.before)
+        torch.bmm(A, B, out=grad[:, : self.P])
+        dx = grad[:, before - D : before] * (self.linear / self.scale) if self.linear else 0  # (N, D, c)
+        if self.turns:  # d(x_a x_b) = x_b dx_a + x_a dx_b: the factor at rest, then the rotated one, rotated back
+            g, twice = grad[:, before:].unflatten(1, (self.turns, D)), torch.bmm(self.double, x.mT)
+            g[:, 0].mul_(math.sqrt(0.5))
+            dx = dx + (g * self.rotations(twice)).sum(1)
+            dx = dx.baddbmm_(self.unrotate, g.mul_(twice[:, None, :D]).flatten(1, 2))
+        return (dx * self.scale).mT
 
 # %% The forward sweep: four steps a chunk
-def forward_sweep(q, k, v, S, o, inverse, coefficients, C, keep):
-    """q, k (N, T, D), v (N, T, Dv), S (N, P, V) or None -> the state after T, the list of states before each chunk.
+def forward_sweep(q, k, v, S, o, inverse, past, coefficients, C, keep):
+    """q, k (N, T, D), v (N, T, Dv), S (N, P, V) or None -> the state after T, if `keep`.
 
-    Writes o (N, T, Dv) and inverse = 1/den (N, T, 1). keep: "all" states, the "last" one, or None.
+    Writes o (N, T, Dv), inverse = 1/den (N, T, 1), and appends the state before each chunk to `past` if it is a list.
     """
-    (N, T, D), Dv, weight = q.shape, v.shape[-1], complete_square(coefficients, q.shape[-1])
-    U, PHI, past = q.new_empty(N, C, C), q.new_empty(N, num_rows(coefficients, D), C), []
-    for t in range(0, T, C):
-        qc, kc, v1 = q[:, t : t + C], k[:, t : t + C], with_ones(v[:, t : t + C])
-        c = qc.shape[1]  # C, less in the last chunk
-        u, phi = U[:, :c, :c], PHI[..., :c]
-        past.append(S)
+    Dv, weight, features = v.shape[-1], complete_square(coefficients, q.shape[-1]), ChunkFeatures(q, coefficients, C)
+    v1, u = with_ones(v[:, :C]), q.new_empty(len(q), C, C)
+    num = torch.empty_like(v1)
+    chunks = list(zip(*(x.split(C, dim=1) for x in (q, k, v, o, inverse)), strict=True))
+    for i, (qc, kc, vc, oc, inv) in enumerate(chunks):
+        last, c = i + 1 == len(chunks), qc.shape[1]
+        if c < C:  # a short chunk at the end
+            v1, num, u = v1[:, :c], num[:, :c], u[:, :c, :c]
+        v1[..., :Dv] = vc
         # 1. Inside the chunk: the quadratic form.
-        num = weigh(inner(qc, kc, weight, out=u), weight) @ v1  # (N, c, V)
+        torch.bmm(weigh(inner(qc, kc, weight, out=u), weight), v1, out=num)
         # 2. Everything before: the state, read by φ(q).
         if S is not None:
-            num.baddbmm_(chunk_features(qc, coefficients, out=phi).mT, S)
+            num.baddbmm_(features(qc).mT, S)
         # 3. One division: the normaliser is the column of ones.
-        inv = torch.add(num[..., Dv : Dv + 1], EPS).reciprocal_()
-        torch.mul(num[..., :Dv], inv, out=o[:, t : t + C])
-        inverse[:, t : t + C] = inv
-        # 4. The chunk joins the state (not needed after the last one, unless somebody goes on from there).
-        if keep or t + C < T:
-            phi = chunk_features(kc, coefficients, out=phi)
+        torch.add(num[..., Dv : Dv + 1], EPS, out=inv).reciprocal_()
+        torch.mul(num[..., :Dv], inv, out=oc)
+        # 4. The chunk joins the state (after the last one only if somebody goes on from there).
+        if past is not None:
+            past.append(S)
+        if keep or not last:
+            phi = features(kc)
             S = torch.bmm(phi, v1) if S is None else torch.baddbmm(S, phi, v1)
-    return S, past
+    return S if keep else None
 
 # %% The backward sweep: the same chunks, from the end
 # With num = Σ w v and den = Σ w, the gradients of the two are do/den and −δ/den, δ = do·o: side by side they are
 # the gradient of one product with [v, 1]. What S was to the forward sweep, R = Σ_i φ(q_i) [do_i, −δ_i]ᵀ/den_i over
 # *later* i is to this one; it is built up anew, never by subtracting from a total, which would leave rounding errors.
-# Features are computed again from q and k: stored, they would be 136 numbers a token where q has 16.
 def backward_sweep(q, k, v, do, o, inverse, past, R, grads, coefficients, C):
     """The mirror of `forward_sweep`: writes dq, dk, dv = grads; R (N, P, V), the gradient of the final state, or
     None -> the gradient of the initial state."""
-    (N, T, D), Dv, weight = q.shape, v.shape[-1], complete_square(coefficients, q.shape[-1])
-    U, PHI = q.new_empty(2, N, C, C), q.new_empty(N, num_rows(coefficients, D), C)
-    for i, t in reversed(list(enumerate(range(0, T, C)))):
-        qc, kc, v1, oc = q[:, t : t + C], k[:, t : t + C], with_ones(v[:, t : t + C]), o[:, t : t + C]
-        c, S = qc.shape[1], past[i]
-        (u, du), phi = U[..., :c, :c], PHI[..., :c]
+    Dv, weight, features = v.shape[-1], complete_square(coefficients, q.shape[-1]), ChunkFeatures(q, coefficients, C)
+    scale = weight.scale * (2 if weight.square else 1)
+    V1, (U, DU) = with_ones(v[:, :C]), q.new_empty(2, len(q), C, C)
+    D1, DV = torch.zeros_like(V1), torch.empty_like(V1)
+    chunks = zip(*(x.split(C, dim=1) for x in (q, k, v, do, o, inverse, *grads)), past, strict=True)
+    for qc, kc, vc, doc, oc, inv, dq, dk, dv, S in reversed(list(chunks)):
+        c = qc.shape[1]
+        v1, d1, dv1, u, du = (V1, D1, DV, U, DU) if c == C else (
+            V1[:, :c], D1[:, :c], DV[:, :c], U[:, :c, :c], DU[:, :c, :c])
+        v1[..., :Dv] = vc
         # 3. The division: the gradient of [num, den].
-        d1 = torch.zeros_like(v1)  # (N, c, V)
-        torch.mul(do[:, t : t + C], inverse[:, t : t + C], out=d1[..., :Dv])
+        torch.mul(doc, inv, out=d1[..., :Dv])
         torch.sum(d1[..., :Dv] * oc, -1, out=d1[..., Dv]).neg_()
-        # 1. Inside the chunk: w is computed again. sim = u², so du = 2u·dw.
+        # 1. Inside the chunk: w is computed again; where sim = u², du = 2u·dw.
         inner(qc, kc, weight, out=u)
         torch.bmm(d1, v1.mT, out=du)
         du = (du.mul_(u) if weight.square else du).tril_()
-        dv = weigh(u, weight).mT @ d1
-        scale = weight.scale * (2 if weight.square else 1)
-        dq, dk = (du @ kc).mul_(scale), (du.mT @ qc).mul_(scale)
-        # 2. Everything before: dφ(q) = [do, −δ]/den Sᵀ.
-        if S is not None:
-            torch.bmm(S, d1.mT, out=phi)
-            dq += chunk_features_backward(qc, phi, coefficients)
-        # 4. Everything after: dφ(k) = [v, 1] Rᵀ, and φ(k) carries R into dv.
+        torch.bmm(weigh(u, weight).mT, d1, out=dv1)
+        torch.mul(du @ kc, scale, out=dq)
+        torch.mul(du.mT @ qc, scale, out=dk)
+        # 4. Everything after: dφ(k) = R [v, 1]ᵀ, and φ(k) carries R into dv.
         if R is not None:
-            torch.bmm(R, v1.mT, out=phi)
-            dk += chunk_features_backward(kc, phi, coefficients)
-            dv.baddbmm_(chunk_features(kc, coefficients, out=phi).mT, R)
-        for grad, part in zip(grads, (dq, dk, dv[..., :Dv]), strict=True):
-            grad[:, t : t + C] = part
+            dk += features.backward(kc, R, v1.mT)
+            dv1.baddbmm_(features(kc).mT, R)
+        # 2. Everything before: dφ(q) = S [do, −δ]ᵀ/den, and this chunk joins R.
         if S is not None:
-            phi = chunk_features(qc, coefficients, out=phi)
+            dq += features.backward(qc, S, d1.mT)
+            phi = features(qc)
             R = torch.bmm(phi, d1) if R is None else torch.baddbmm(R, phi, d1)
+        dv[:] = dv1[..., :Dv]
     return R
 
 
@@ -305,37 +316,30 @@ def with_ones(v):
     return F.pad(v, (0, 16 - v.shape[-1] % 16), value=1.0)
 
 
-def num_rows(coefficients, D):
-    """P of the polynomial with these coefficients."""
-    c0, c1, c2 = coefficients
-    return bool(c0) + bool(c1) * D + bool(c2) * D * (D + 1) // 2
-
-
 class ChunkedAttention(torch.autograd.Function):
-    """The two sweeps as one differentiable operation, a few heads at a time so that the chunk stays in cache."""
+    """The two sweeps as one differentiable operation, a few heads at a time so that a chunk stays in cache."""
 
     @staticmethod
     def forward(ctx, q, k, v, S, coefficients, C, keep):
-        o, inverse = torch.empty_like(v), torch.empty_like(v[..., :1])
-        groups = head_groups(q, C)
-        sweeps = [
-            forward_sweep(q[g], k[g], v[g], None if S is None else S[g], o[g], inverse[g], coefficients, C, keep)
-            for g in groups
+        o, inverse, groups = torch.empty_like(v), torch.empty_like(v[..., :1]), head_groups(q, C)
+        pasts = [[] if any(ctx.needs_input_grad) else None for _ in groups]
+        final = [
+            forward_sweep(q[g], k[g], v[g], None if S is None else S[g], o[g], inverse[g], past, coefficients, C, keep)
+            for g, past in zip(groups, pasts, strict=True)
         ]
-        if any(ctx.needs_input_grad):
-            ctx.save_for_backward(q, k, v, o, inverse)
-            ctx.past, ctx.rest = [past for _, past in sweeps], (coefficients, C, groups)
-        return o, torch.cat([final for final, _ in sweeps]) if keep else None
+        ctx.save_for_backward(q, k, v, o, inverse)
+        ctx.rest = groups, pasts, coefficients, C
+        return o, torch.cat(final) if keep else None
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, do, dS):
-        (q, k, v, o, inverse), (coefficients, C, groups) = ctx.saved_tensors, ctx.rest
+        (q, k, v, o, inverse), (groups, pasts, coefficients, C) = ctx.saved_tensors, ctx.rest
         grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         first = [
             backward_sweep(q[g], k[g], v[g], do[g], o[g], inverse[g], past, None if dS is None else dS[g],
                            [grad[g] for grad in grads], coefficients, C)
-            for g, past in zip(groups, ctx.past, strict=True)
+            for g, past in zip(groups, pasts, strict=True)
         ]
         return *grads, torch.cat(first) if ctx.needs_input_grad[3] else None, None, None, None
 
@@ -380,7 +384,7 @@ def chunked_attention(q, k, v, kernel, state=None, return_state=False, chunk_siz
     if coefficients is None:  # sim = φ(q)·φ(k): the linear polynomial of the features, √D undoing that of s
         q, k = kernel.features(q), kernel.features(k)
         coefficients = (0.0, math.sqrt(q.shape[-1]), 0.0)
-    D, P, V = q.shape[-1], num_rows(coefficients, q.shape[-1]), with_ones(v[:1, :1, :1]).shape[-1]
+    D, P, V = q.shape[-1], kernel.num_features, Dv + 16 - Dv % 16
     if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
         raise ValueError(f"chunk_size must be a positive integer or None, got {chunk_size!r}")
     C = min(T, chunk_size or best_chunk(B * H, T, D, V, P))
@@ -464,10 +468,12 @@ def check_cut_save_resume():
 CHECKS = [check_forms_agree, check_first_row_is_v0, check_the_future_is_not_seen, check_cut_save_resume]
 
 # %% What each form must cost, before it is timed
-# Per head. FLOPs are multiplications and additions; bytes are what cannot stay in cache: every pass of the quadratic
-# form over its T² weights, every prefix of the linear one, the state of the recurrent one at each token.
-def predicted_cost(form, T, D, Dv, P):
-    """(FLOPs, bytes moved, bytes held, calls) of one head, float32, forward."""
+# Forward, per head. FLOPs are multiplications and additions; bytes are those that cannot stay in cache: every pass of
+# the quadratic form over its T² weights, every prefix of the linear one, the state of the recurrent one at each token.
+def predicted_cost(form, T, D=16, Dv=64, P=136):
+    """(FLOPs, bytes moved, bytes held, calls) of one head in float32. softmax: PyTorch's fused kernel, head size Dv."""
+    if form == "softmax":
+        return 2 * T * T * Dv, 16 * T * Dv, 4 * T * Dv, 1
     if form == "quadratic":
         return 2 * T * T * (D + Dv), 4 * 9 * T * T, 4 * 3 * T * T, 10
     if form == "linear":
@@ -475,76 +481,104 @@ def predicted_cost(form, T, D, Dv, P):
     if form == "recurrent":
         return 4 * T * P * Dv, 4 * 5 * T * P * Dv, 4 * P * Dv, 25 * T
     C = best_chunk(1, T, D, Dv + 16, P)
-    moved = 4 * T * (2 * D + 2 * Dv) + 4 * 2 * P * Dv * T // C
-    return T * (4 * P * Dv + 2 * C * (D + Dv)), moved, 4 * P * Dv * 2, 40 * T // C
+    return T * (4 * P * Dv + 2 * C * (D + Dv)), 8 * T * (D + Dv) + 8 * P * Dv * T // C, 4 * T * Dv, 25 * T // C
 
 
 def machine_speed():
     """(FLOP/s of a matrix product, bytes/s of a copy, seconds of an empty call) of this machine, now."""
-    a, b = torch.randn(1024, 1024), torch.randn(2**24)
-    tiny = torch.zeros(1)
-    return 2 * 1024**3 / seconds(lambda: a @ a), 8 * 2**24 / seconds(lambda: b.clone()), seconds(lambda: tiny + 1)
+    a, b, tiny = torch.randn(1024, 1024), torch.randn(2**24), torch.zeros(1)
+    times = interleaved({"product": lambda: a @ a, "copy": b.clone, "call": lambda: tiny + 1}, repeats=9)
+    return 2 * 1024**3 / times["product"], 8 * 2**24 / times["copy"], times["call"]
 
 
-def seconds(call, repeats=5):
-    """Median time of a call, the first one not counted."""
-    call()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return sorted(times)[repeats // 2]
+def interleaved(calls, repeats=5):
+    """{name: median seconds} of calls that take turns, so that a slow moment of the machine meets all; one warm-up."""
+    times = {name: [] for name in calls}
+    for turn in range(repeats + 1):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            times[name] += [time.perf_counter() - start] if turn else []
+    return {name: sorted(values)[repeats // 2] for name, values in times.items()}
 
-
-# %% The table and the figure
+# %% Timing the forms
+HEADS, SIZE, VALUE_SIZE = 4, 16, 64  # B = 1; softmax gets heads of 64 for q, k and v, as a transformer would
 FORMS = {
     "quadratic": quadratic_attention,
     "linear": linear_attention,
     "recurrent": recurrent_attention,
     "chunked": chunked_attention,
 }
-B, H, D, DV = 1, 4, 16, 64
 
 
-@torch.no_grad()
-def measure(lengths):
-    """Rows (form, T, FLOPs, bytes, predicted seconds, measured seconds or None where it would not fit)."""
-    kernel, (flops_rate, byte_rate, call) = kernels.ReBasedKernel(D), machine_speed()
-    for form, function in FORMS.items():
-        for T in lengths:
-            flops, moved, held, calls = predicted_cost(form, T, D, DV, kernel.num_features)
-            predicted = H * (flops / flops_rate + moved / byte_rate) + calls * call
-            q, k, v = torch.rand(2, B, H, T, D).unbind() + (torch.randn(B, H, T, DV),)
-            fits = H * held < 2e9 and predicted < 1
-            measured = seconds(lambda: function(q, k, v, kernel), 3) if fits else None  # noqa: B023
-            yield form, T, H * flops, H * moved, predicted, measured
+def make_call(form, T, backward):
+    """A function of no arguments that runs the form once, forward or forward and backward, on inputs of its own."""
+    size = VALUE_SIZE if form == "softmax" else SIZE
+    inputs = [*torch.rand(2, 1, HEADS, T, size).add_(0.1).unbind(), torch.randn(1, HEADS, T, VALUE_SIZE)]
+    inputs = [x.requires_grad_(backward) for x in inputs]
+    if form == "softmax":
+        forward = functools.partial(F.scaled_dot_product_attention, *inputs, is_causal=True)
+    else:
+        forward = functools.partial(FORMS[form], *inputs, kernels.ReBasedKernel(SIZE))
+    upstream = torch.randn_like(inputs[2])
+    return (lambda: torch.autograd.grad(forward(), inputs, upstream)) if backward else forward
 
 
-def print_table(rows):
-    """Predicted and measured milliseconds, a line per form and length."""
-    print(f"ReBased, float32, forward, B={B} H={H} D={D} Dv={DV}, {torch.get_num_threads()} threads.\n")
+def prediction(form, T, speed, backward=False):
+    """(GFLOP, GB moved, seconds, GB held) of all heads; a backward pass takes two to three times the forward."""
+    (flops, moved, held, calls), (flop_rate, byte_rate, call) = predicted_cost(form, T), speed
+    took = HEADS * (flops / flop_rate + moved / byte_rate) + calls * call
+    return HEADS * flops / 1e9, HEADS * moved / 1e9, took * (3.5 if backward else 1), HEADS * held / 1e9
+
+
+def print_table(lengths):
+    """Forward: predicted and measured milliseconds, a line per form and length; returns rows (form, T, both)."""
+    speed, rows = machine_speed(), []
+    print(f"ReBased, float32, forward, B=1 H={HEADS} D={SIZE} Dv={VALUE_SIZE}, {torch.get_num_threads()} threads.\n")
     print(f"{'form':12}{'T':>7}{'GFLOP':>10}{'GB moved':>10}{'predicted':>12}{'measured':>12}")
-    for form, T, flops, moved, predicted, measured in rows:
-        shown = f"{measured * 1e3:9.2f} ms" if measured else f"{'–':>12}"
-        print(f"{form:12}{T:7,}{flops / 1e9:10.3f}{moved / 1e9:10.3f}{predicted * 1e3:9.2f} ms{shown}")
+    for form in FORMS:
+        for T in lengths:
+            flops, moved, predicted, held = prediction(form, T, speed)
+            fits = held < 2 and predicted < 1
+            measured = interleaved({form: make_call(form, T, False)}, 3)[form] if fits else None
+            shown = f"{measured * 1e3:9.2f} ms" if fits else f"{'–':>12}"
+            print(f"{form:12}{T:7,}{flops:10.3f}{moved:10.3f}{predicted * 1e3:9.2f} ms{shown}")
+            rows.append((form, T, predicted, measured))
     print("– not run: it would hold more than 2 GB, or take more than a second.\n")
+    return rows
 
 
-def draw(rows, path):
-    """Time against T on logarithmic axes: points measured, lines predicted."""
+def read_table(rows):
+    """The sentences under the table, from its numbers."""
+    time_of = {(form, T): measured for form, T, _, measured in rows if measured}
+    for form in ("quadratic", "recurrent"):
+        T = max(T for name, T in time_of if name == form)
+        ratio = time_of[form, T] / time_of["chunked", T]
+        print(f"At T = {T:,} the {form} form takes {ratio:.0f} times as long as the chunked one.")
+    growth = time_of["chunked", 8192] / time_of["chunked", 2048]
+    print(f"From 2,048 to 8,192 tokens, four times as many, the chunked form takes {growth:.1f} times as long: linear time.\n")
+
+# %% The figure
+def draw(curves, path, title):
+    """Milliseconds against T on logarithmic axes. curves: [(label, colour number, line style, [(T, seconds)])]."""
     plt = kernels.pyplot()
     if plt is None:
         return
     figure, axis = plt.subplots(figsize=(6.5, 4.2), layout="constrained")
-    for i, form in enumerate(FORMS):
-        lengths, predicted, measured = zip(*[(row[1], row[4], row[5]) for row in rows if row[0] == form], strict=True)
-        axis.plot(lengths, [x * 1e3 for x in predicted], ":", color=f"C{i}")
-        axis.plot(lengths, [x and x * 1e3 for x in measured], "o-", color=f"C{i}", label=form)
-    axis.set(xscale="log", yscale="log", xlabel="T", ylabel="ms, forward", title="one layer, four ways (dotted: predicted)")
-    axis.legend(frameon=False)
+    for label, colour, style, points in curves:
+        lengths, times = zip(*points, strict=True)
+        axis.plot(lengths, [x * 1e3 for x in times], style, color=f"C{colour}", label=label)
+    axis.set(xscale="log", yscale="log", xlabel="T", ylabel="milliseconds", title=title)
+    axis.legend(frameon=False, fontsize=9)
     figure.savefig(path, dpi=120)
     print(f"figure: {path}\n")
+
+
+def table_curves(rows):
+    """The predictions dotted, the measurements solid."""
+    for i, form in enumerate(FORMS):
+        yield None, i, ":", [(T, predicted) for name, T, predicted, _ in rows if name == form]
+        yield form, i, "o-", [(T, measured) for name, T, _, measured in rows if name == form and measured]
 
 
 def main(argv=None):
@@ -552,17 +586,17 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="02: one layer as four forms, predicted and measured (15 seconds)")
     parser.add_argument("--figure", type=kernels.writable, default="runs/02_linear_attention.png",
                         help="where to draw it (%(default)s)")
+    parser.add_argument("--benchmark", action="store_true",
+                        help="all forms and softmax, T from 256 to 65,536, forward and backward (15 minutes on one core)")
+    parser.add_argument("--threads", type=int, choices=range(1, 257), metavar="N", help="threads of PyTorch (all cores)")
     options = kernels.parse_arguments(parser, argv)
-    rows = list(measure((128, 512, 2048, 8192)))
-    print_table(rows)
-    time_of = {(form, T): measured for form, T, *_, measured in rows if measured}
-    for form in ("quadratic", "recurrent"):
-        longest = max(T for name, T in time_of if name == form)
-        ratio = time_of[form, longest] / time_of["chunked", longest]
-        print(f"At T = {longest:,} the {form} form takes {ratio:.0f} times as long as the chunked one.")
-    growth = time_of["chunked", 8192] / time_of["chunked", 2048]
-    print(f"From 2,048 to 8,192 tokens, four times as many, the chunked form takes {growth:.1f} times as long: linear time.\n")
-    draw(rows, options.figure)
+    torch.set_num_threads(options.threads or torch.get_num_threads())
+    if options.benchmark:
+        import_module("02_linear_attention_benchmark").run(options.figure)
+    else:
+        rows = print_table((128, 512, 2048, 8192))
+        read_table(rows)
+        draw(table_curves(rows), options.figure, "one layer, four ways (dotted: predicted)")
     return kernels.run_checks(CHECKS)
 
 

@@ -1,0 +1,291 @@
+"""The specification of 02_linear_attention.py: every form, every kernel, outputs and gradients."""
+
+from importlib import import_module
+
+import pytest
+import torch
+
+kernels = import_module("01_kernels")
+la = import_module("02_linear_attention")
+NAMES = list(kernels.all_kernels(4))
+CHUNK = 8
+CHUNKED = pytest.param(lambda *a, **o: la.chunked_attention(*a, chunk_size=CHUNK, **o), id="chunked")
+BEST = pytest.param(la.chunked_attention, id="best_chunk")
+FORMS = [pytest.param(la.linear_attention, id="linear"), pytest.param(la.recurrent_attention, id="recurrent"), CHUNKED]
+WITH_STATE = [pytest.param(la.recurrent_attention, id="recurrent"), CHUNKED, BEST]
+
+
+def positive_example(T, dtype=torch.float32, B=2, H=3, D=16, Dv=20, seed=0):
+    """q, k from U(0.1, 1.1): no normaliser is near zero, whatever the kernel."""
+    generator = torch.Generator().manual_seed(seed)
+    q, k = torch.rand(2, B, H, T, D, generator=generator, dtype=torch.float64) + 0.1
+    v = torch.randn(B, H, T, Dv, generator=generator, dtype=torch.float64)
+    return [x.to(dtype) for x in (q, k, v)]
+
+
+def plain_attention(q, k, v, kernel):
+    """The definition of [P 3] with Python loops: what quadratic_attention itself is held against."""
+    o = torch.zeros_like(v)
+    for b in range(q.shape[0]):
+        for h in range(q.shape[1]):
+            for i in range(q.shape[2]):
+                w = torch.stack([kernel.scores(q[b, h, i : i + 1], k[b, h, j : j + 1])[0, 0] for j in range(i + 1)])
+                o[b, h, i] = (w.unsqueeze(-1) * v[b, h, : i + 1]).sum(0) / (w.sum() + la.EPS)
+    return o
+
+
+@pytest.mark.parametrize("check", la.CHECKS, ids=lambda check: check.__name__)
+def test_claims_of_the_file(check):
+    check()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_oracle_is_the_definition(name):
+    kernel = kernels.all_kernels(4, heads=2)[name].double()
+    q, k, v = (x.detach() for x in la.example(kernel, T=7, B=2, H=2, Dv=3))
+    torch.testing.assert_close(
+        la.quadratic_attention(q, k, v, kernel), plain_attention(q, k, v, kernel), rtol=1e-12, atol=0
+    )
+
+
+@pytest.mark.parametrize("T", [1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5])
+@pytest.mark.parametrize("form", [*FORMS, BEST])
+@pytest.mark.parametrize("name", NAMES)
+def test_outputs_and_gradients(name, form, T):
+    """Relative 1e-9 of the quadratic form in float64, normal inputs. At T = 1 the gradients of q and k are 0 but for
+    ε, so the gradients are compared as one vector."""
+    kernel = kernels.all_kernels(8, heads=3)[name]
+    inputs = la.example(kernel, T)
+    expected = la.quadratic_attention(*inputs, kernel)
+    upstream = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    gradients = torch.autograd.grad(expected, inputs, upstream)
+    o = form(*inputs, kernel)
+    assert la.distance([o], [expected]) < 1e-9
+    found = torch.autograd.grad(o, inputs, upstream)
+    assert la.distance(found, gradients) < 1e-9
+    if T > 1:
+        for one, other in zip(found, gradients, strict=True):
+            assert la.distance([one], [other]) < 1e-9
+
+
+@pytest.mark.parametrize("T", [1, CHUNK, 3 * CHUNK + 5])
+@pytest.mark.parametrize("form", WITH_STATE)
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_through_the_states(name, form, T):
+    """A first part makes a state, a second goes on, and the loss looks at o and at the final state: all gradients
+    (q, k, v of both parts, and of the state in between) equal those of explicit sums."""
+    kernel = kernels.all_kernels(4, heads=2)[name]
+    q, k, v = la.example(kernel, T + 6, B=1, H=2, Dv=3)
+    weight = torch.randn(1, 2, kernel.num_features, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+    def loss(o, state):
+        return (
+            (o * torch.linspace(1, 2, o.numel(), dtype=o.dtype).view_as(o)).sum()
+            + (state.S * weight).sum()
+            + state.z.sum()
+        )
+
+    phi = kernel.features(k)
+    whole = la.State(phi.mT @ v, phi.sum(2))
+    expected = torch.autograd.grad(loss(la.quadratic_attention(q, k, v, kernel)[:, :, 6:], whole), (q, k, v))
+    _, state = form(q[:, :, :6], k[:, :, :6], v[:, :, :6], kernel, return_state=True)
+    o, final = form(q[:, :, 6:], k[:, :, 6:], v[:, :, 6:], kernel, state=state, return_state=True)
+    found = torch.autograd.grad(loss(o, final), (q, k, v))
+    assert la.distance(found, expected) < 1e-9
+
+
+@pytest.mark.parametrize("form", WITH_STATE)
+@pytest.mark.parametrize("name", NAMES)
+def test_float32(name, form):
+    """Relative RMS below 1e-5 of float64, outputs and gradients."""
+    kernel, upstream = kernels.all_kernels(16)[name], torch.randn(2, 3, 300, 20)
+    results = []
+    for dtype in (torch.float64, torch.float32):
+        inputs = [x.requires_grad_() for x in positive_example(300, dtype)]
+        o = (la.quadratic_attention if dtype == torch.float64 else form)(*inputs, kernel)
+        results.append([o, *torch.autograd.grad(o, inputs, upstream.to(dtype))])
+    for expected, found in zip(*results, strict=True):
+        assert found.dtype == torch.float32 and la.distance([found.double()], [expected]) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "form", [la.quadratic_attention, la.linear_attention, la.recurrent_attention, la.chunked_attention]
+)
+def test_half_precision_keeps_a_float32_state(form, dtype):
+    """Half inputs give half outputs; sums and states stay float32, also under autocast."""
+    kernel, inputs = kernels.ReBasedKernel(16), positive_example(200, dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        o = form(*inputs, kernel)
+    exact = la.quadratic_attention(*(x.double() for x in inputs), kernel)
+    assert o.dtype == dtype and la.distance([o.double()], [exact]) < torch.finfo(dtype).eps
+    if form in (la.recurrent_attention, la.chunked_attention):
+        _, state = form(*inputs, kernel, return_state=True)
+        assert state.S.dtype == state.z.dtype == torch.float32
+
+
+@pytest.mark.parametrize("form", WITH_STATE)
+@pytest.mark.parametrize("cut", [1, 7, CHUNK, 20, 28])
+def test_cut_anywhere(form, cut):
+    kernel = kernels.TaylorKernel(8, heads=3)
+    q, k, v = la.example(kernel, T=29)
+    first, state = form(q[:, :, :cut], k[:, :, :cut], v[:, :, :cut], kernel, return_state=True)
+    second, final = form(q[:, :, cut:], k[:, :, cut:], v[:, :, cut:], kernel, state=state, return_state=True)
+    whole, expected = la.chunked_attention(q, k, v, kernel, return_state=True)
+    assert la.distance([torch.cat([first, second], 2)], [whole]) < 1e-9
+    assert la.distance(final, expected) < 1e-9 and final.S.shape == (2, 3, 1 + 8 + 36, 5)
+
+
+def test_a_state_is_a_value():
+    """Going on from a state does not change it: two continuations of one prefix agree."""
+    kernel = kernels.ReBasedKernel(8, heads=3)
+    q, k, v = (x.detach() for x in la.example(kernel, T=40))
+    _, state = la.chunked_attention(q[:, :, :20], k[:, :, :20], v[:, :, :20], kernel, return_state=True)
+    kept = la.State(state.S.clone(), state.z.clone())
+    rest = [x[:, :, 20:] for x in (q, k, v)]
+    once, twice = (
+        la.chunked_attention(*rest, kernel, state=state, return_state=True, chunk_size=4)[0] for _ in range(2)
+    )
+    assert torch.equal(once, twice) and torch.equal(kept.S, state.S) and torch.equal(kept.z, state.z)
+
+
+def test_recurrent_step_is_one_token():
+    kernel = kernels.ReBasedKernel(8, heads=3)
+    q, k, v = la.example(kernel, T=5)
+    state = None
+    for t in range(5):
+        o, state = la.recurrent_step(q[:, :, t], k[:, :, t], v[:, :, t], kernel, state)
+    torch.testing.assert_close(o, la.quadratic_attention(q, k, v, kernel)[:, :, -1], rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize(
+    "form", [la.quadratic_attention, la.linear_attention, la.recurrent_attention, la.chunked_attention]
+)
+@pytest.mark.parametrize("name", NAMES)
+def test_position_0_returns_v0(name, form):
+    """ε is small beside any normaliser that occurs: float64, 80 rows."""
+    kernel = kernels.all_kernels(16, heads=4)[name]
+    q, k, v = la.example(kernel, T=3, B=20, H=4, seed=3)
+    assert (form(q, k, v, kernel)[:, :, 0] - v[:, :, 0]).abs().max() < 1e-4
+
+
+def test_rows_at_positions():
+    kernel = kernels.TaylorKernel(8, heads=3)
+    q, k, v = la.example(kernel, T=20)
+    positions = torch.tensor([[19, 0, 5], [4, 4, 10]])
+    at = positions[:, None, :, None]
+    some = la.quadratic_attention(q.gather(2, at.expand(-1, 3, -1, 8)), k, v, kernel, positions)
+    whole = la.quadratic_attention(q, k, v, kernel).gather(2, at.expand(-1, 3, -1, 5))
+    torch.testing.assert_close(some, whole, rtol=1e-12, atol=1e-14)
+
+
+def test_strided_inputs():
+    """Transposed views, as a model makes them, and a time axis with a step."""
+    kernel = kernels.ReBasedKernel(8)
+    q, k, v = (torch.rand(2, 60, 3, size, dtype=torch.float64).transpose(1, 2)[:, :, ::2] for size in (8, 8, 5))
+    expected = la.quadratic_attention(q.contiguous(), k.contiguous(), v.contiguous(), kernel)
+    torch.testing.assert_close(la.chunked_attention(q, k, v, kernel, chunk_size=7), expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_many_heads_are_worked_on_in_groups(groups, monkeypatch):
+    """The split of B·H changes nothing."""
+    kernel = kernels.ReBasedKernel(4, heads=3)
+    inputs = la.example(kernel, T=30, B=3)
+    expected = la.quadratic_attention(*inputs, kernel)
+    monkeypatch.setattr(la, "head_groups", lambda q, C: [slice(0, 5), slice(5, 9)] if groups == 2 else [slice(0, 9)])
+    o = la.chunked_attention(*inputs, kernel, chunk_size=8)
+    upstream = torch.randn_like(o)
+    pairs = zip(torch.autograd.grad(o, inputs, upstream), torch.autograd.grad(expected, inputs, upstream), strict=True)
+    assert la.distance([o], [expected]) < 1e-9 and all(la.distance([a], [b]) < 1e-9 for a, b in pairs)
+
+
+def test_chunk_choice_follows_the_cost():
+    """Short sequences are one chunk; long ones are not cut to pieces, nor left quadratic."""
+    assert la.best_chunk(4, 20, 16, 80, 136) == 20
+    assert 64 <= la.best_chunk(4, 32_768, 16, 80, 136) <= 256
+
+
+GOOD = {"q": (2, 3, 10, 8), "k": (2, 3, 10, 8), "v": (2, 3, 10, 5)}
+
+
+@pytest.mark.parametrize(
+    "form", [la.quadratic_attention, la.linear_attention, la.recurrent_attention, la.chunked_attention]
+)
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"q": (2, 4, 10, 8)},
+        {"q": (2, 3, 10, 7), "k": (2, 3, 10, 7)},
+        {"k": (2, 3, 10, 7)},
+        {"v": (2, 3, 11, 5)},
+        {"k": (1, 3, 10, 8)},
+        {"q": (2, 3, 0, 8), "k": (2, 3, 0, 8), "v": (2, 3, 0, 5)},
+        {"q": (2, 3, 10, 0), "k": (2, 3, 10, 0)},
+        {"v": (2, 3, 10, 0)},
+        {"q": (2, 10, 8), "k": (2, 10, 8), "v": (2, 10, 5)},
+        {"q": (2, 3, 9, 8)},
+        {"q": ()},
+        {"v": ()},
+    ],
+)
+def test_wrong_shapes_are_named(form, change):
+    inputs = [torch.rand(shape) for shape in (GOOD | change).values()]
+    with pytest.raises(ValueError) as error:
+        form(*inputs, kernels.ReBasedKernel(8))
+    assert len(str(error.value).splitlines()) <= 2 and "got" in str(error.value) or "disagree" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "form", [la.quadratic_attention, la.linear_attention, la.recurrent_attention, la.chunked_attention]
+)
+@pytest.mark.parametrize("bad", [torch.ones(2, 3, 10, 8, dtype=torch.int64), None, [1.0]])
+def test_wrong_types_are_named(form, bad):
+    q, k, v = (torch.rand(shape) for shape in GOOD.values())
+    for inputs in ((bad, k, v), (q, bad, v), (q, k, bad)):
+        with pytest.raises(TypeError, match="floating-point tensor"):
+            form(*inputs, kernels.ReBasedKernel(8))
+
+
+@pytest.mark.parametrize("form", [la.recurrent_attention, la.chunked_attention])
+def test_wrong_states_are_named(form):
+    inputs = [torch.rand(shape) for shape in GOOD.values()]
+    for S, z in (((2, 3, 35, 5), (2, 3, 36)), ((2, 3, 36, 4), (2, 3, 36)), ((2, 3, 36, 5), (2, 1, 36))):
+        with pytest.raises(ValueError, match="state must be"):
+            form(*inputs, kernels.ReBasedKernel(8), state=la.State(torch.zeros(S), torch.zeros(z)))
+    with pytest.raises(TypeError, match="state must be"):
+        form(*inputs, kernels.ReBasedKernel(8), state=(torch.zeros(1), torch.zeros(1)))
+
+
+@pytest.mark.parametrize("size", [0, -3, 2.5, "8"])
+def test_wrong_chunk_sizes_are_named(size):
+    with pytest.raises(ValueError, match="chunk_size must be a positive integer"):
+        la.chunked_attention(*(torch.rand(shape) for shape in GOOD.values()), kernels.ReBasedKernel(8), chunk_size=size)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["rebased", "based"])
+def test_a_million_tokens_in_pieces(name):
+    """65,536 tokens at a time, float32 against float64: the last piece within 1e-5; the state never grows."""
+    kernel, piece = kernels.all_kernels(16)[name], 65_536
+    generator, states = torch.Generator().manual_seed(0), {torch.float32: None, torch.float64: None}
+    for _ in range(16):
+        q, k = torch.rand(2, 1, 1, piece, 16, generator=generator, dtype=torch.float64) + 0.1
+        v = torch.randn(1, 1, piece, 8, generator=generator, dtype=torch.float64) + 1
+        outputs = {}
+        for dtype, state in states.items():
+            inputs = (x.to(dtype) for x in (q, k, v))
+            outputs[dtype], states[dtype] = la.chunked_attention(*inputs, kernel, state, return_state=True)
+            assert states[dtype].S.shape == (1, 1, kernel.num_features, 8)
+    assert la.distance([outputs[torch.float32].double()], [outputs[torch.float64]]) < 1e-5
+
+
+@pytest.mark.slow
+def test_twenty_thousand_steps():
+    """The recurrence, float32 against float64, within 1e-5 over the last thousand tokens."""
+    kernel = kernels.ReBasedKernel(16)
+    exact = positive_example(20_000, torch.float64, B=1, H=1, Dv=8)
+    with torch.no_grad():
+        o = la.recurrent_attention(*(x.float() for x in exact), kernel)
+    expected = la.chunked_attention(*exact, kernel)
+    assert la.distance([o[:, :, -1000:].double()], [expected[:, :, -1000:]]) < 1e-5
