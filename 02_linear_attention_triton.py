@@ -38,21 +38,18 @@ try:
     import triton
     import triton.language as tl
 except ImportError:
-    if __name__ == "__main__":
-        sys.exit(MISSING)
-    raise ImportError(MISSING) from None
+    raise (SystemExit if __name__ == "__main__" else ImportError)(MISSING) from None
 
 kernels, linear = import_module("01_kernels"), import_module("02_linear_attention")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # read by Triton when it is imported: kernels then run on a CPU
 
 # %% Sizes
 # The state of a head is 35 KB, the k and v of 218 tokens. With a chunk of 64 it would move eight times the bytes of
-# q, k, v and o. So a segment has 512 tokens, met in tiles of 64: a query then sees (512 + 64)/2 of its keys on average.
+# q, k, v and o. So a segment has 512 tokens, met in tiles of 64: inside, a query meets (512 + 64)/2 keys on average.
 SEGMENT, TILE, FEATURES = 512, 64, 32  # tokens a state, tokens a tile, rows of the state a step
 
-# What the compiler must know. _PAD: a power of 2, at least 16, for a tensor core takes no less. STATE: the numbers of a
-# state: S, then z, then up to a multiple of 16, so that loads stay aligned. TYPE and PRECISION: of the factors of every
-# product; all sums are float32.
+# What the compiler must know. _PAD: a power of 2, at least 16, for a tensor core takes no less. STATE: numbers of a state:
+# S, then z, then up to a multiple of 16 (alignment). TYPE, PRECISION: of the factors of a product; all sums are float32.
 Sizes = namedtuple("Sizes", "D DV P D_PAD DV_PAD P_PAD STATE SEGMENT TILE F TYPE PRECISION EPS")
 
 
@@ -64,7 +61,6 @@ def sizes_for(D, Dv, P, dtype, segment=SEGMENT):
     return Sizes(D, Dv, P, triton.next_power_of_2(max(16, D)), triton.next_power_of_2(max(16, Dv)),
                  -(-P // FEATURES) * FEATURES, -(-P * (Dv + 1) // 16) * 16, segment, TILE // 2 if half else TILE, FEATURES,
                  tl.float32 if half else tl.bfloat16, "ieee" if dtype == torch.float32 else "tf32", linear.EPS)
-
 
 # %% φ as a table
 # Every feature of 01 is a product of two coordinates, φ_f(x) = c_f · x[a_f] · x[b_f], where an index of −1 reads 1. On
@@ -134,12 +130,11 @@ def load_state(states, slot, f, sizes: tl.constexpr):
     return S, tl.load(states + sizes.P * sizes.DV + f, mask=f < sizes.P, other=0.0)
 
 # %% Step 4 of 02 first: what a segment adds to the state
-# In 02 the chunks follow each other. Here all segments sum their φ(k) vᵀ at once, a program each and for each block of
-# features, and a scan makes prefixes. Slot 0 holds the initial state, segment s goes into slot s + 1: after an
+# In 02 the chunks follow each other. Here all segments sum their φ(k) vᵀ at once, a program for each and for each block
+# of features, and a scan makes prefixes. Slot 0 holds the initial state, segment s goes into slot s + 1: after an
 # *inclusive* scan slot s is what came before segment s, and the last slot is the final state. No shift, no subtraction.
 # REVERSE is the mirror image: (x, y) is (q, do), slot 0 the gradient of the final state, the last segment comes first.
-#
-# S is summed transposed, [DV, F]: 64 rows are what Hopper's warpgroup instructions take. z is reduced once, at the end.
+# S is summed transposed, [DV, F]: 64 rows are what Hopper's warpgroup instructions take.
 @triton.jit
 def state_kernel(x, y, inverse, delta, table, states, T, steps, slots, sizes: tl.constexpr, REVERSE: tl.constexpr):
     program, BLOCKS = tl.program_id(0), sizes.P_PAD // sizes.F
@@ -164,10 +159,8 @@ def state_kernel(x, y, inverse, delta, table, states, T, steps, slots, sizes: tl
     tl.store(states + f[None, :] * sizes.DV + d[:, None], S, mask=(f < sizes.P)[None, :] & (d < sizes.DV)[:, None])
     tl.store(states + sizes.P * sizes.DV + f, tl.sum(z, 0), mask=f < sizes.P)
 
-# %% The scan: prefix sums over the slots, in place
-# Sixteen slots at a time, so that sixteen loads are under way at once. Always the same order of additions: there are no
-# atomics anywhere, and two runs give the same bits.
-ROWS, COLUMNS = 16, 256  # slots and numbers of a state a program
+# %% The scan: prefix sums over the slots, in place; no atomics here or elsewhere, so two runs give the same bits
+ROWS, COLUMNS = 16, 256  # slots at a time, so that sixteen loads are under way at once; numbers of a state a program
 
 
 @triton.jit
@@ -260,9 +253,8 @@ def query_kernel(q, k, v, do, dq, inverse, delta, table, states, weight, T, slot
     tl.store(delta + n.to(tl.int64) * T + i, d, mask=i < T)
 
 # %% Backward, the keys and values
-# A program takes one tile of keys and meets the later queries: those of later segments through R, then the tiles to
-# the end of its own. 1/den belongs to the index that is summed, so it goes in early, while the weights are float32
-# (w/den ≤ 1). Queries beyond T read 1/den = 0.
+# A tile of keys meets the later queries: those of later segments through R, the others tile by tile. 1/den belongs to
+# the index that is summed, so it goes in early, while the weights are float32. Queries beyond T read 1/den = 0.
 @triton.jit
 def key_kernel(q, k, v, do, dk, dv, inverse, delta, table, states, weight, T, slots, first, sizes: tl.constexpr):
     scale, shift, floor = weight

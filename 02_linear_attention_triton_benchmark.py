@@ -23,10 +23,10 @@ from importlib import import_module
 
 import torch
 import torch.nn.functional as F
-import triton
 
 kernels, linear = import_module("01_kernels"), import_module("02_linear_attention")
-gpu = import_module("02_linear_attention_triton")
+gpu = import_module("02_linear_attention_triton")  # says in one line that Triton is missing, where it is
+triton = gpu.triton
 
 # %% What the compiler made of it
 # Triton compiles for any card. Registers decide how many programs share a multiprocessor (it has 65,536, a program 128

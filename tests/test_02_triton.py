@@ -5,9 +5,11 @@ that run kernels skip themselves in an ordinary process without a GPU, and one t
 all in a process of their own.
 """
 
+import inspect
 import os
 import subprocess
 import sys
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -18,13 +20,15 @@ pytest.importorskip("triton", reason="Triton is not installed: the GPU kernels c
 kernels = import_module("01_kernels")
 la = import_module("02_linear_attention")
 gpu = import_module("02_linear_attention_triton")
+benchmark = import_module("02_linear_attention_triton_benchmark")
+model = import_module("03_model")
 ROOT = Path(__file__).parent.parent
 RUNS = gpu.INTERPRETED or torch.cuda.is_available()
 runs = pytest.mark.skipif(not RUNS, reason="no GPU; test_in_the_interpreter runs it")
 compiles = pytest.mark.skipif(gpu.INTERPRETED, reason="the interpreter's process cannot compile")
 KERNELS = {"rebased": kernels.ReBasedKernel(16), "based": kernels.TaylorKernel(16)}
 DTYPES = list(gpu.TOLERANCE)
-LENGTHS = [1, 31, 64, 65, 150, pytest.param(600, marks=pytest.mark.slow)]
+LENGTHS = [1, 31, 64, 65, pytest.param(600, marks=pytest.mark.slow)]
 
 
 def interpret(*arguments):
@@ -46,20 +50,39 @@ def test_in_the_interpreter(which):
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("T", LENGTHS)
 def test_equals_the_definition(T, name, dtype):
-    found = gpu.errors(KERNELS[name], T, dtype, H=2)
+    found = gpu.errors(KERNELS[name], T, dtype, H=2 if T == 65 else 1)
     assert max(found) <= gpu.TOLERANCE[dtype], found
 
 
 @runs
 @pytest.mark.parametrize("D,Dv", [(1, 1), (8, 10), (7, 42), (32, 128)])
 def test_any_size(D, Dv):
-    assert max(gpu.errors(kernels.TaylorKernel(D), 70, torch.float32, segment=64, Dv=Dv)) <= 1e-5
+    assert max(gpu.errors(kernels.TaylorKernel(D), 40, torch.float32, segment=32, Dv=Dv)) <= 1e-5
+
+
+def test_the_table_gives_the_features_number_by_number():
+    x = torch.randn(3, 7, dtype=torch.float64)
+    for kernel in (kernels.ReBasedKernel(7), kernels.TaylorKernel(7), kernels.ReBasedKernel(7, floor=0.5)):
+        a, b, c = torch.tensor(gpu.feature_rows(kernel.coefficients, 7), dtype=torch.float64).T
+        x1 = torch.nn.functional.pad(x, (0, 1), value=1.0)  # column −1 reads 1
+        assert torch.allclose(c * x1[:, a.long()] * x1[:, b.long()], kernel.features(x))
 
 
 @runs
-def test_the_checks_of_the_file():
-    for check in gpu.CHECKS:
-        check()
+def test_the_check_of_the_file():
+    """The same as above at T = 150, every kernel and type."""
+    gpu.check_equals_the_definition()
+
+
+@runs
+def test_three_pieces_equal_one_run_and_so_do_their_gradients():
+    kernel, state, pieces = KERNELS["rebased"], None, []
+    *inputs, upstream = gpu.inputs_away_from_zero(kernel, 150)
+    for a, b in ((0, 70), (70, 71), (71, 150)):
+        o, state = gpu.triton_attention(*(x[:, :, a:b] for x in inputs), kernel, state, True, segment=64)
+        pieces.append(o)
+    carried, whole = torch.cat(pieces, 2), gpu.triton_attention(*inputs, kernel, segment=64)
+    assert la.distance(*([o, *torch.autograd.grad(o, inputs, upstream)] for o in (carried, whole))) < 1e-5
 
 
 @runs
@@ -86,9 +109,9 @@ def test_any_strides():
 
 @runs
 def test_two_runs_give_the_same_bits():
-    kernel, (*inputs, upstream) = KERNELS["based"], gpu.inputs_away_from_zero(KERNELS["based"], 200)
+    kernel, (*inputs, upstream) = KERNELS["based"], gpu.inputs_away_from_zero(KERNELS["based"], 130)
     first, second = (
-        [o := gpu.attention_in(64, *inputs, kernel), *torch.autograd.grad(o, inputs, upstream)] for _ in range(2)
+        [o := gpu.triton_attention(*inputs, kernel, segment=64), *torch.autograd.grad(o, inputs, upstream)] for _ in range(2)
     )
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
@@ -110,7 +133,7 @@ def test_gradients_through_both_states(T):
     def exact(tensors):
         return [x.detach().double().requires_grad_() for x in tensors]
 
-    found = gradients(lambda *a: gpu.attention_in(64, *a), inputs, state, upstream)
+    found = gradients(partial(gpu.triton_attention, segment=64), inputs, state, upstream)
     wanted = gradients(la.chunked_attention, exact(inputs), exact(state), upstream.double())
     for a, b in zip(found[0] + list(found[1]), wanted[0] + list(wanted[1]), strict=True):
         assert la.distance([a.double()], [b]) < 1e-5
@@ -127,10 +150,14 @@ def test_only_the_state_is_used():
 
 @runs
 def test_custom_operations_are_sound():
-    q, k, v, _ = gpu.inputs_away_from_zero(KERNELS["rebased"], 70)
-    initial = torch.rand(1, -(-136 * 6 // 16) * 16, device=q.device).requires_grad_()
+    q, k, v, _ = (x.flatten(0, 1) for x in gpu.inputs_away_from_zero(KERNELS["rebased"], 40))
+    initial = torch.rand(1, -(-136 * 6 // 16) * 16, device=q.device)
+    q, k, v, initial = (x.detach().requires_grad_() for x in (q, k, v, initial))
     for first, keep in ((None, False), (initial, True)):
-        torch.library.opcheck(gpu.forward, (q, k, v, first, [0.0, 0.0, 1.0], 64, keep), rtol=1e-4, atol=1e-4)
+        torch.library.opcheck(gpu.forward, (q, k, v, first, [0.0, 0.0, 1.0], 32, keep), rtol=1e-4, atol=1e-4)
+
+
+BACKEND = "inductor" if torch.cuda.is_available() else "aot_eager"
 
 
 @runs
@@ -140,9 +167,46 @@ def test_torch_compile_without_a_break():
     def layer(q, k, v):
         return gpu.triton_attention(q * 2, k, v, kernel) + 1
 
-    compiled = torch.compile(layer, fullgraph=True, backend="inductor" if torch.cuda.is_available() else "aot_eager")
+    compiled = torch.compile(layer, fullgraph=True, backend=BACKEND)
     results = [[o := f(*inputs), *torch.autograd.grad(o, inputs, upstream)] for f in (layer, compiled)]
     assert la.distance(*results) < 1e-6
+
+
+@runs
+def test_a_model_compiles_without_a_break_through_the_kernels(monkeypatch):
+    """On a CPU, `attention` is made to believe in a GPU, and `embed` does not look at the tokens, which is a break."""
+    config = model.recall_config("rebased")
+    lm, tokens = model.LanguageModel(config).to(gpu.DEVICE), torch.randint(config.vocab_size, (2, 40), device=gpu.DEVICE)
+    used = []
+    if gpu.INTERPRETED:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+        source = inspect.getsource(la.attention)
+        assert source.count("q.is_cuda") == 1
+        scope = vars(la) | {"sys": la.sys}
+        exec(source.replace("q.is_cuda", "True"), scope)
+        monkeypatch.setattr(la, "attention", scope["attention"])
+        monkeypatch.setattr(lm, "embed", lambda tokens: lm.embedding(tokens), raising=True)
+    forward = gpu.forward
+    monkeypatch.setattr(gpu, "forward", lambda *a: used.append(1) or forward(*a))
+    expected = lm(tokens)
+    assert used, "the model does not use the kernels"
+    monkeypatch.setattr(gpu, "forward", forward)
+    torch._dynamo.reset()
+    found = torch.compile(lm, fullgraph=True, backend=BACKEND)(tokens)
+    grads = [torch.autograd.grad(x.square().sum(), list(lm.parameters())) for x in (found, expected)]
+    assert la.distance([found], [expected]) < 1e-5 and la.distance(*grads) < 1e-4
+
+
+@compiles
+@pytest.mark.slow
+def test_a_model_compiles_on_a_cpu():
+    """There the chunked form runs; breaks of the graph are allowed."""
+    config = model.recall_config("rebased")
+    lm, tokens = model.LanguageModel(config), torch.randint(config.vocab_size, (2, 40))
+    torch._dynamo.reset()
+    expected, found = lm(tokens), torch.compile(lm, backend="aot_eager")(tokens)
+    grads = [torch.autograd.grad(x.square().sum(), list(lm.parameters())) for x in (found, expected)]
+    assert la.distance([found], [expected]) < 1e-5 and la.distance(*grads) < 1e-4
 
 
 @runs
@@ -170,19 +234,16 @@ def test_the_cpu_is_refused_in_one_line():
 
 @compiles
 def test_dropping_delta_is_caught(tmp_path):
-    """A copy of the file whose δ is 0 must fail its own check; the same copy, unchanged, must pass it."""
-    source = Path(gpu.__file__).read_text()
-    line = "            d *= inv\n"
+    """A copy of the file whose δ is 0 is outside every tolerance."""
+    source, line = Path(gpu.__file__).read_text(), "            d *= inv\n"
     assert source.count(line) == 1
-    for name, text in (("right", source), ("wrong", source.replace(line, "            d *= 0.0\n"))):
-        path = tmp_path / f"{name}.py"
-        path.write_text(text)
-        code = (f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(tmp_path)!r}]\n"
-                f"import torch, {name} as file\nfile.DEVICE = 'cpu'\n"
-                "print(max(file.errors(file.kernels.ReBasedKernel(16), 65, torch.float32)))")
-        status, out = interpret("-c", code)
-        assert status == 0, out
-        assert (float(out) <= 1e-5) if name == "right" else (float(out) > 0.1), out
+    (tmp_path / "wrong.py").write_text(source.replace(line, "            d *= 0.0\n"))
+    code = (f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(tmp_path)!r}]\n"
+            "import torch, wrong\nprint(*wrong.errors(wrong.kernels.ReBasedKernel(16), 65, torch.float32))")
+    status, out = interpret("-c", code)
+    assert status == 0, out
+    o, dq, dk, dv = map(float, out.split())
+    assert max(o, dv) <= 1e-5 and min(dq, dk) > 0.1, out
 
 
 @compiles
@@ -197,21 +258,20 @@ def test_without_triton_one_line_and_nothing_else_breaks():
 
 @compiles
 def test_compiled_for_an_a100_and_an_h100_nothing_spills():
-    gpu.check_nothing_spills()
-    assert len(gpu.static_table()) == 12
+    benchmark.check_nothing_spills()
+    assert len(benchmark.static_table()) == 12
 
 
 @compiles
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("name", gpu.KERNELS)
-def test_other_types_compile_and_fit(name, dtype):
-    for capability in (80, 90):
-        _, stack, shared = gpu.compile_for(capability, *gpu.KERNELS[name], dtype=dtype)
-        assert shared <= 99 * 1024 and stack <= 64, (capability, stack, shared)
+def test_nor_do_other_types(dtype):
+    benchmark.check_nothing_spills(dtype)
 
 
-def test_prediction_is_the_sum_that_the_design_was_chosen_by():
-    """Inputs and outputs alone take 0.107 ns forward; segments of 512 beat 64 by half and more."""
-    assert all(forward > 320 / 3.0e12 * 1e9 for forward, _ in map(gpu.predicted_ns, (256, 8192)))
-    assert gpu.predicted_ns(8192)[0] < gpu.predicted_ns(8192, segment=64)[0] / 2
+def test_the_floor_is_the_sum_that_the_design_was_chosen_by():
+    """Segments of 512: .488 ns forward, .219 of it compute, and 1.12 backward; of 64: 1.156 and 1.784."""
+    for segment, forward, backward in ((512, 0.488, 1.123), (256, 0.545, 1.094), (64, 1.156, 1.784)):
+        found, both = benchmark.floor_ns(8192, segment=segment)
+        assert abs(found - forward) < 0.001 and abs(both - found - backward) < 0.03
+    assert all(benchmark.floor_ns(T)[0] > 320 / 3.0e12 * 1e9 for T in (256, 8192))  # inputs and outputs alone
