@@ -422,8 +422,21 @@ def chunked_attention(q, k, v, kernel, state=None, return_state=False, chunk_siz
     return o, State(S[..., :Dv], S[..., Dv])
 
 
+@torch.compiler.assume_constant_result  # torch.compile cannot trace an import: it asks once and keeps the answer
+def has_triton_form():
+    """Whether the GPU kernels are in sys.modules now; not without Triton, nor on a GPU older than it takes (Ampere)."""
+    try:
+        return bool(import_module("02_linear_attention_triton")) and torch.cuda.get_device_capability() >= (8, 0)
+    except ImportError:
+        return False
+
+
 def attention(q, k, v, kernel, state=None, return_state=False):
     """What 03 calls: the fastest form at hand. Arguments and result as in `chunked_attention`."""
+    if isinstance(q, torch.Tensor) and q.is_cuda and has_triton_form():
+        gpu = sys.modules["02_linear_attention_triton"]
+        if gpu.beyond_limits(q, k, v, kernel) is None:
+            return gpu.triton_attention(q, k, v, kernel, state, return_state)
     return chunked_attention(q, k, v, kernel, state, return_state)
 
 # %% Claims: all forms are one function, and a sequence can be cut anywhere
