@@ -423,7 +423,6 @@ def chunked_attention(q, k, v, kernel, state=None, return_state=False, chunk_siz
 
 
 @torch.compiler.assume_constant_result  # torch.compile cannot trace an import: it asks once and keeps the answer
-@functools.cache
 def has_triton_form():
     """Whether the GPU kernels are in sys.modules now; not without Triton, nor on a GPU older than it takes (Ampere)."""
     try:
