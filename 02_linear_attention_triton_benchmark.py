@@ -89,14 +89,15 @@ def print_static_table():
           f"{sum(row[3] > 0 for row in static_table()) or 'no'} kernel spills.")
     names = "kernel", "capability", "registers", "stack", "shared"
     write_rows("02_triton_static", [{"dtype": "bfloat16", "D": 16, "Dv": 64, **dict(zip(names, row, strict=True)),
-                                     "triton": triton.__version__} for row in static_table()])
+                                     "triton": triton.__version__, "hardware": "none: compiled, not run"}
+                                    for row in static_table()])
 
 
 def write_rows(name, rows):
     """Append to runs/{name}.jsonl what was found and where."""
     path = kernels.writable(f"runs/{name}.jsonl")
     with path.open("a") as file:
-        file.writelines(json.dumps(row | kernels.provenance(gpu.__file__, [])) + "\n" for row in rows)
+        file.writelines(json.dumps(kernels.provenance(gpu.__file__, []) | row) + "\n" for row in rows)
     print(f"rows: {path}\n")
 
 # %% The floor: what segments of 512 must cost
