@@ -160,7 +160,7 @@ def backward(model, batch, settings, place):
 
     DistributedDataParallel averages over processes, once, in the last piece; every process has an equal share.
     """
-    total, parts = torch.zeros((), device=place.device), batch.split(settings.micro_batch)
+    total, parts = 0, batch.split(settings.micro_batch)
     for i, part in enumerate(parts):
         alone = place.world == 1 or i + 1 == len(parts)
         with nullcontext() if alone else model.no_sync():
