@@ -39,7 +39,6 @@ from collections import Counter
 from contextlib import ExitStack
 from importlib import import_module
 from pathlib import Path
-from pydoc_data.topics import topics
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -233,6 +232,8 @@ def write_atomically(path, data):
 # Another Python version has other text: compare numbers within one version only.
 def library_documents():
     """Yields (text, subset): Library and Tests from source files, Help from the interpreter."""
+    from pydoc_data.topics import topics
+
     root = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).parts  # pydoc_data holds the help texts below, encodings tables of numbers

@@ -35,7 +35,7 @@ import platform
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import partial
 from importlib import import_module
@@ -61,6 +61,10 @@ def option(default, help):
     return field(default=default, metadata={"help": help})
 
 
+LEAST = {"seq_len": 2, "batch_tokens": 1, "micro_batch": 1, "steps": 1, "save_every": 1, "eval_tokens": 1,
+         "eval_length": 1, "warmup": 0, "weight_decay": 0, "seed": 0}
+
+
 @dataclass(frozen=True)
 class Settings:
     """Everything that decides what is trained and how it is measured. Raises Refusal for what cannot be run."""
@@ -82,16 +86,13 @@ class Settings:
     eval_length: int = option(2048, "longest context of the loss by position")
 
     def __post_init__(self):
-        for name in ("seq_len", "batch_tokens", "micro_batch", "steps", "save_every", "eval_tokens", "eval_length"):
-            if getattr(self, name) < 1 + (name == "seq_len"):
-                raise Refusal(f"--{name.replace('_', '-')} must be at least {1 + (name == 'seq_len')}, "
-                              f"got {getattr(self, name)}")
+        for name, value in asdict(self).items():
+            if name in LEAST and not value >= LEAST[name]:
+                raise Refusal(f"--{name.replace('_', '-')} must be at least {LEAST[name]}, got {value}")
         if self.batch_tokens % self.seq_len:
             raise Refusal(f"--batch-tokens {self.batch_tokens} is no multiple of --seq-len {self.seq_len}")
         if not 0 < self.lr < math.inf or self.clip <= 0:
             raise Refusal("--lr and --clip must be positive")
-        if self.warmup < 0 or self.weight_decay < 0 or self.seed < 0:
-            raise Refusal("--warmup, --weight-decay and --seed must not be negative")
         for name, allowed in (("model", ("laptop", "paper")), ("tokenizer", pile_data.TOKENIZERS)):
             if getattr(self, name) not in allowed:
                 raise Refusal(f"--{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
@@ -118,8 +119,7 @@ def model_config(mixer, settings, vocab_size):
     """The ModelConfig of a mixer under these settings."""
     if settings.model == "laptop":
         return laptop_config(mixer, vocab_size)
-    config = asdict(models.pile_config(mixer))
-    return models.ModelConfig(**config | {"vocab_size": vocab_size})
+    return replace(models.pile_config(mixer), vocab_size=vocab_size)
 
 # %% One step
 class Place(NamedTuple):
@@ -160,7 +160,7 @@ def backward(model, batch, settings, place):
 
     DistributedDataParallel averages over processes, once, in the last piece; every process has an equal share.
     """
-    total, parts = torch.zeros((), device=place.device), batch.split(settings.micro_batch)
+    total, parts = 0, batch.split(settings.micro_batch)
     for i, part in enumerate(parts):
         alone = place.world == 1 or i + 1 == len(parts)
         with nullcontext() if alone else model.no_sync():
