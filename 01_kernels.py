@@ -356,7 +356,10 @@ def provenance(file, argv):
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown"
-    hardware = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    cpuinfo = Path("/proc/cpuinfo")  # Linux; elsewhere platform knows the model
+    models = [line.split(": ")[1] for line in cpuinfo.read_text().splitlines() if line.startswith("model name")] \
+        if cpuinfo.exists() else []
+    hardware = f"{models[0] if models else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
     return {"command": " ".join(["python", file.name, *argv]), "commit": commit, "date": date.today().isoformat(),
             "hardware": hardware, "torch": torch.__version__}
 

@@ -19,7 +19,7 @@ Letters: as in 03; T the length of a training sequence, V the size of the vocabu
 References: [P] as in 01, Table 2 and Appendix C; [Z] Arora et al., Zoology, arXiv 2312.04927;
   [G] Gao et al., The Pile, arXiv 2101.00027, section 3.1.
 
-Run: python 05_train_pile.py                        (4 minutes on two free cores, nothing to download)
+Run: python 05_train_pile.py                        (2 minutes on two cores, nothing to download)
      python 05_train_pile.py --data FOLDER          (the Pile's files: .jsonl, .jsonl.zst, .jsonl.gz)
      python 05_train_pile.py --sample "import " --checkpoint runs/pile/rebased/checkpoint.pt
      torchrun --nproc-per-node 8 05_train_pile.py --preset paper --data FOLDER --mixers rebased --out runs/paper
