@@ -395,6 +395,7 @@ def head_groups(q):
     return [slice(None)] if q.is_cuda else [slice(n, n + together) for n in range(0, N, together)]
 
 
+@torch.compiler.disable  # torch.compile cannot follow products written into reserved room, and would gain nothing here
 @without_autocast
 def chunked_attention(q, k, v, kernel, state=None, return_state=False, chunk_size=None):
     """q, k (B, H, T, D), v (B, H, T, Dv), State or None -> o (B, H, T, Dv), or (o, State) with return_state.

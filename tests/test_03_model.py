@@ -201,3 +201,15 @@ def test_main(capsys):
     assert m.main([]) == 0
     out = capsys.readouterr().out
     assert "the same" in out and out.rstrip().endswith("0 failed")
+
+
+@pytest.mark.slow
+def test_a_compiled_model_trains_as_the_plain_one():
+    """torch.compile leaves the chunked form as it is, at a length of several chunks, forward and backward."""
+    tokens, gradients = torch.randint(20, (2, 700), generator=torch.Generator().manual_seed(1)), []
+    for compiled in (False, True):
+        model = m.small_model("rebased", mlp=8)
+        (torch.compile(model) if compiled else model)(tokens).square().mean().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for found, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
