@@ -15,7 +15,7 @@ Equations, with s = q·k/√D
   Based        sim(q, k) = 1 + s + s²/2 = (1 + s)²/2 + ½                                     [P 3.2, 4]
   ReBased      sim(q, k) = s², of q' = γ_q·norm(q) + β_q and k' = γ_k·norm(k) + β_k          [P 4]
 
-Letters: B batch, H heads, T time, D query/key feature dimension (16), P number of features after φ;
+Letters: B batch, H heads, T time, N number of queries, D query/key feature dimension (16), P number of features after φ;
   gamma (γ) and beta (β) the learned scale and shift, one vector of length H·D for queries and one for keys.
 
 References
@@ -259,7 +259,8 @@ def check_floors():
     assert lowest_point(ReBasedKernel(16).scores) == (0.0, 0.0)
 
 # %% Claim: with q~ = [q/D^¼, 1], Based is ½(q~·k~)² + ½, the squared kernel plus a floor
-# So a β that makes one coordinate constant gives ReBased Based's parabola; nothing gives it the floor.
+# So γ = 0 and β ≠ 0 in one coordinate of q and of k make it constant and give ReBased Based's parabola in the
+# D − 1 that are left; nothing gives it the floor.
 def check_based_is_a_square_plus_half():
     """1 + s + s²/2 == ½(q~·k~)² + ½ on random vectors."""
     torch.manual_seed(0)
@@ -269,8 +270,9 @@ def check_based_is_a_square_plus_half():
     assert torch.allclose(TaylorKernel(16).scores(q, k), square / 2 + 0.5, rtol=1e-12)
 
 # %% How γ and β move the parabola
-# In one dimension, for q' = 1, the weight of a key is (γk + β)²: zero at k = −β/γ, curvature 2γ². Based's
-# lowest point is where q·k/√D = −1 in every model; ReBased's is where training puts it.
+# In one dimension, for q' = 1, the weight of a key is (γk + β)²: zero at k = −β/γ, curvature 2γ². Each kernel's
+# lowest point is fixed in its own s, Based's at −1 and ReBased's at 0; but ReBased's s is taken after γ and β, so in
+# terms of the projections q and k its zero is where training puts it.
 def parabola(k, gamma, beta):
     """ReBased's weight of the scalar keys k (N,) for q' = 1."""
     kernel = ReBasedKernel(1, variant="gamma_beta").requires_grad_(False).to(k.dtype)
@@ -303,8 +305,8 @@ def check_a_floor_grows_with_context():
         assert irrelevant_share(ReBasedKernel(16).scores, T) == 0.0
 
 # %% The price of a weight that can be 0
-# In the first row of a sequence there is one key, and the normaliser is that one weight. It can almost vanish;
-# then float32 has few digits left, and a large ε in num/(den + ε) would spoil the row. 02 takes ε = 1e-12.
+# Attention divides by the sum of its weights, plus a small ε against 0/0. In the first row that sum is one weight, and
+# it can almost vanish: then float32 has few digits left, and a large ε would pull the row to 0. 02 takes ε = 1e-12.
 def check_first_rows_can_almost_vanish():
     """Over 10,000 random pairs the smallest s² is tiny beside the median; Based's stays above ½."""
     torch.manual_seed(0)

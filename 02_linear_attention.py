@@ -16,12 +16,14 @@ Equations
   chunked      quadratic for j in the chunk of i, linear through S and z for all chunks before
 
 Letters: B batch, H heads, T time, D query/key dimension, Dv value dimension, P features after φ, C chunk length,
-  N = B·H; S the state (B, H, P, Dv), z its normaliser (B, H, P); num, den the two sums whose quotient is o.
+  N = B·H (in 01: the number of queries); S the state (B, H, P, Dv), z its normaliser (B, H, P); num, den the two sums
+  whose quotient is o; w = sim, u its root before squaring; do the gradient of o, δ = do·o; R the state of the backward
+  pass; V the width of v with its column of ones, a multiple of 16 (in 03: the vocabulary); c one chunk's length, <= C.
   q, k are prepared and split: `kernel.prepare` of 01 first, then (B, T, H·D) -> (B, H, T, D).
 
 References: [P], [K] as in 01; chunks: Hua et al., Transformer Quality in Linear Time, ICML 2022, arXiv 2202.10447.
 
-Run: python 02_linear_attention.py     (15 seconds: predicted and measured cost, runs/02_linear_attention.png, checks)
+Run: python 02_linear_attention.py     (20 seconds: predicted and measured cost, runs/02_linear_attention.png, checks)
      python 02_linear_attention.py --benchmark --threads 1     (15 minutes: against softmax, up to 65,536 tokens)
 """
 # %%
@@ -39,11 +41,11 @@ import torch.nn.functional as F
 
 kernels = import_module("01_kernels")  # a name that starts with a digit cannot follow `import`
 
-EPS = 1e-12  # added to every normaliser; 01 shows why no larger: at 1e-5 the first row misses v_0 by up to .79
+EPS = 1e-12  # added to every normaliser; 01 shows how small those can be: a larger ε pulls first rows towards 0
 
 # %% The state
 # All that the past can still say: S = Σ φ(k_j) v_jᵀ and z = Σ φ(k_j). At D = 16, Dv = 64 it is 35 KB per head
-# in float32, the size of 109 keys and values of a softmax cache. Sums over 64k tokens overflow half precision, so
+# in float32, the size of 69 keys and values of a softmax cache with heads of 64. Sums over 64k tokens overflow half precision, so
 # it is float32 at least, whatever the inputs are. It is a value: keep it, copy it, save it, go on from it twice.
 class State(NamedTuple):
     """S (B, H, P, Dv) and z (B, H, P), float32 or float64."""
@@ -53,7 +55,9 @@ class State(NamedTuple):
 
 
 def accept(q, k, v, kernel, state=None, T=None):
-    """Check shapes and types; return q, k, v as float32 (float64 if one of them is). T: the keys' length.
+    """Check shapes and types; return q, k, v as float32 (float64 if one of them is).
+
+    T: the number of queries; None if there are as many as keys.
 
     Raises TypeError for what is not a floating-point tensor, ValueError for shapes that do not fit.
     """
@@ -111,7 +115,7 @@ def causal_weights(q, k, kernel, positions=None):
 
 # %% 2. Linear: the textbook form
 # Sums instead of meetings: one cumulative sum over time of φ(k_j) v_jᵀ. No T², but every prefix is written out,
-# P·Dv = 8,704 numbers a token: linear in T, and yet the slowest form here. Read it once; do not run it.
+# P·Dv = 8,704 numbers a token: linear in T, and yet the slowest form at the lengths of the table. Read it; do not use it.
 @without_autocast
 def linear_attention(q, k, v, kernel):
     """q, k (B, H, T, D), v (B, H, T, Dv) -> o (B, H, T, Dv), in memory T·P·Dv. [P 3, K 3.2]"""
@@ -620,7 +624,7 @@ def table_curves(rows):
 
 def main(argv=None):
     """The table, its reading, the figure, the checks; returns how many checks failed."""
-    parser = argparse.ArgumentParser(description="02: one layer as four forms, predicted and measured (15 seconds)")
+    parser = argparse.ArgumentParser(description="02: one layer as four forms, predicted and measured (20 seconds)")
     parser.add_argument("--figure", type=kernels.writable, default="runs/02_linear_attention.png",
                         help="where to draw it (%(default)s)")
     parser.add_argument("--benchmark", action="store_true",

@@ -85,7 +85,8 @@ class ModelConfig:
 # %% A mixer moves information between positions
 # All mixers share one signature: forward(x, state=None, keep=False, positions=None) -> (y, state). x (B, T, d_model)
 # continues after `state`; the state after x comes back if `keep`. T tokens at once are training or prefill, one
-# token is a step of decoding. With positions (B, n), y (B, n, d_model) holds those rows only.
+# token is a step of decoding. With positions (B, n), y (B, n, d_model) holds those rows only;
+# that is for training and testing, and excludes `state` and `keep`.
 def rows(x, positions):
     """x (B, T, d) at positions (B, n) -> (B, n, d); all of x if positions is None."""
     return x if positions is None else x.gather(1, positions.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
@@ -245,6 +246,8 @@ class Block(nn.Module):
         self.mlp = SwiGLU(config) if config.mlp and not mamba else nn.Identity()
 
     def forward(self, x, state=None, keep=False, positions=None):
+        if positions is not None and (keep or state is not None):
+            raise ValueError("positions are for whole sequences: they exclude state and keep")
         y, state = self.mixer(self.norm1(x), state, keep, positions)
         x = rows(x, positions) + y
         return (x if self.norm2 is None else x + self.mlp(self.norm2(x))), state

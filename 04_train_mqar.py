@@ -15,11 +15,12 @@ The data [P 5.1; Z; C]
   without replacement with p(s) ∝ s^(a−1); a = 0.01 keeps most queries early, a = 1 spreads them uniformly.
   All else is 0. The label at a query is its value, elsewhere −100 (no loss).
 
-Letters: T length, K pairs, V vocabulary, n examples; filler: a token 0 after the pairs.
+Letters: T length, K pairs, V vocabulary, n examples in the data, in (B, n) the number of queries;
+  filler: a token 0 after the pairs.
 
 References: [P], [C] as in 01; [Z] Arora et al., Zoology, arXiv 2312.04927, github HazyResearch/zoology.
 
-Run: python 04_train_mqar.py            5 mixers × 3 seeds, about 3 minutes on two cores; continues if interrupted
+Run: python 04_train_mqar.py            5 mixers × 3 seeds, about 4 minutes on two cores; continues if interrupted
      python 04_train_mqar.py --search   the learning rates: 5 × 3 rates × 2 other seeds, about 6 minutes
 """
 # %%
@@ -222,7 +223,7 @@ def test(model, length, power_a, experiment):
 def attention_shares(weights, tokens, positions, end):
     """weights (B, n, T) of queries at positions (B, n); pairs lie before `end` -> right, others, filler, each (B, n).
 
-    Queries that came before are neither: the three shares add up to at most 1.
+    Earlier queries count as none of the three, so the shares add up to at most 1.
     """
     T = tokens.shape[1]
     place = torch.arange(T)
@@ -499,7 +500,7 @@ def at_least(kind, least, strict=False):
 
 def mixer_name(text):
     """An argparse type: the name of a two-layer model of 03."""
-    names = ("conv_attention", *model_file.MIXER_NAMES)
+    names = ("conv_attention", "attention", *model_file.KERNEL_NAMES)  # those with weights to look at
     if text not in names:
         raise argparse.ArgumentTypeError(f"unknown mixer {text!r}; choose from {', '.join(names)}")
     return text
@@ -508,7 +509,7 @@ def mixer_name(text):
 def make_parser():
     """Options of the program and one for each field of Experiment."""
     parser = argparse.ArgumentParser(
-        description="04: train five mixers on associative recall, test them on longer contexts (3 minutes on two cores)",
+        description="04: train five mixers on associative recall, test them on longer contexts (4 minutes on two cores)",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--search", action="store_true", help=f"try the learning rates {GRID} on seeds {SEARCH_SEEDS}")
     parser.add_argument("--output", type=kernels.writable, default=None,
