@@ -211,15 +211,18 @@ class EluKernel(Kernel):
 
 
 def all_kernels(dim, heads=1):
-    """Name -> a fresh kernel, for every kernel of this file."""
+    """Name -> a fresh kernel, for every kernel of this file: each polynomial with a floor of ½ and without one."""
     kernels = {
         "based": TaylorKernel(dim, heads),
         "based_no_floor": TaylorKernel(dim, heads, floor=0.0),
         "based_norm": TaylorKernel(dim, heads, norm=True),
-        "rebased_floor": ReBasedKernel(dim, heads, floor=0.5),
+        "based_norm_no_floor": TaylorKernel(dim, heads, floor=0.0, norm=True),
         "elu": EluKernel(dim, heads),
     }
-    return kernels | {variant: ReBasedKernel(dim, heads, variant) for variant in LADDER}
+    for variant in LADDER:
+        kernels[variant] = ReBasedKernel(dim, heads, variant)
+        kernels[variant + "_floor"] = ReBasedKernel(dim, heads, variant, floor=0.5)
+    return kernels
 
 # %% Claim: for every kernel, features and scores are the same number (float64: only a wrong formula differs)
 def check_features_equal_scores():

@@ -155,6 +155,8 @@ class KernelAttention(nn.Module):
         return (split_heads(y, self.heads) for y in self.kernel.prepare(self.q(rows(x, positions)), self.k(x)))
 
     def forward(self, x, state=None, keep=False, positions=None):
+        if positions is not None and positions.shape[1] > self.kernel.num_features:
+            return rows(self.forward(x)[0], positions), None  # n·T weights would cost more than P·T features
         q, k = self.queries_and_keys(x, positions)
         v = split_heads(self.v(x), self.heads)
         if positions is not None:

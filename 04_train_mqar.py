@@ -1,486 +1,408 @@
-"""04 · Associative recall: what a floor of ½ does to a trained model
+"""04 · Associative recall: what a floor of ½ does to a trained model, and the paper's experiment
 
-Aim: train the same two-layer model with five attentions on multi-query associative recall (MQAR), then test the
+Aim: train the same two-layer model with different attentions on multi-query associative recall (MQAR), then test the
 same weights on contexts up to 64 times longer, and see which of them drown in tokens that do not matter.
 
 You will learn
-  1. the task: key-value pairs first, then each key comes back once and its value is asked for;
+  1. how to train on a few labelled positions, and to test the same weights where they have not been;
   2. how to compare fairly: one grid of learning rates, chosen on seeds that are not reported;
   3. that Based and ReBased both learn the task perfectly at the trained length, and what happens beyond it;
   4. that the floor is the cause: take the ½ from Based, give it to ReBased, and look again.
-
-The data [P 5.1; Z; C]
-  Vocabulary V; keys are 1 .. V/2 − 1, values V/2 .. V − 1. The first 2K tokens are K pairs, keys distinct, values
-  distinct. Then each key returns once, at an even distance from the end of the pairs: slot s = 1, 2, ... is drawn
-  without replacement with p(s) ∝ s^(a−1); a = 0.01 keeps most queries early, a = 1 spreads them uniformly.
-  All else is 0. The label at a query is its value, elsewhere −100 (no loss).
 
 Letters: T length, K pairs, V vocabulary, n examples in the data, in (B, n) the number of queries;
   filler: a token 0 after the pairs.
 
 References: [P], [C] as in 01; [Z] Arora et al., Zoology, arXiv 2312.04927, github HazyResearch/zoology.
 
-Run: python 04_train_mqar.py            5 mixers × 3 seeds, about 4 minutes on two cores; continues if interrupted
-     python 04_train_mqar.py --search   the learning rates: 5 × 3 rates × 2 other seeds, about 6 minutes
+Run: python 04_train_mqar.py                        5 mixers × 3 seeds, about 4 minutes on two cores
+     python 04_train_mqar.py --preset ladder        every kernel with a floor of ½ and without, 5 seeds: MINUTES_LADDER
+     python 04_train_mqar.py --preset laptop        seven systems, three widths, 5 seeds: MINUTES_LAPTOP
+     python 04_train_mqar.py --preset paper         Figure 1 of [P]: for GPUs; --shard 1/8 for the first of 8 machines
+     python 04_train_mqar.py --preset paper-ladder  Table 1 of [P], likewise
+All of them continue where they were interrupted.
 """
 # %%
 import argparse
 import dataclasses
+import functools
 import json
 import math
-import multiprocessing
-import os
-import signal
 import sys
-import threading
 import time
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 kernels = import_module("01_kernels")
-model_file = import_module("03_model")
-
-# %% Distinct symbols, a whole data set at once
-# Draw with replacement and redraw whatever occurred earlier in its row, until nothing did. No symbol is treated
-# unlike another, so every ordered choice stays equally likely. Where most symbols are taken that would need many
-# rounds: then shuffle all of them.
-def distinct(n, count, population, generator):
-    """n rows of `count` distinct integers below `population`, uniformly: (n, count) int64."""
-    if 4 * count > population:
-        return torch.rand(n, population, generator=generator).argsort(1)[:, :count]
-    drawn = torch.randint(population, (n, count), generator=generator)
-    todo = torch.arange(n)
-    while len(todo):
-        rows, order = drawn[todo].sort(dim=1, stable=True)
-        repeats = torch.zeros_like(rows, dtype=torch.bool)
-        repeats[:, 1:] = rows[:, 1:] == rows[:, :-1]
-        repeats = torch.zeros_like(repeats).scatter(1, order, repeats)  # back in the order of drawing
-        again = repeats.any(1)
-        todo, repeats = todo[again], repeats[again]
-        fresh = torch.randint(population, repeats.shape, generator=generator)
-        drawn[todo] = torch.where(repeats, fresh, drawn[todo])
-    return drawn
-
-# %% The task
-# A key's slot is drawn without replacement with the weights p(s), key after key. Adding Gumbel noise to log p and
-# taking the K largest, largest first, is the same draw for all examples in one call.
-def make_mqar(num_examples, seq_len, num_pairs, vocab_size, power_a=0.01, seed=0):
-    """Multi-query associative recall -> inputs, labels (n, seq_len) int64; −100 marks positions without loss. [Z]
-
-    The pairs depend on the seed alone: with another seq_len or power_a the same pairs meet other contexts.
-    Raises ValueError if the pairs do not fit into the length or the vocabulary.
-    """
-    if num_examples < 1 or num_pairs < 1 or power_a <= 0:
-        raise ValueError(f"need num_examples >= 1, num_pairs >= 1, power_a > 0; got {num_examples}, {num_pairs}, {power_a}")
-    if seq_len < 4 * num_pairs:
-        raise ValueError(f"{num_pairs} pairs and their queries need 4·{num_pairs} = {4 * num_pairs} positions, "
-                         f"seq_len is {seq_len}")
-    if num_pairs > vocab_size // 2 - 1:
-        raise ValueError(f"{num_pairs} distinct keys need a vocabulary of {2 * num_pairs + 2} or more, got {vocab_size}")
-    generator, half = torch.Generator().manual_seed(seed), vocab_size // 2
-    keys = 1 + distinct(num_examples, num_pairs, half - 1, generator)  # (n, K)
-    values = half + distinct(num_examples, num_pairs, vocab_size - half, generator)
-    slots = torch.arange((seq_len - 2 * num_pairs) // 2)
-    log_p = (power_a - 1) * torch.log1p(slots.double())
-    gumbel = -torch.empty(num_examples, len(slots), dtype=torch.float64).exponential_(generator=generator).log()
-    places = 2 * num_pairs + 2 * (log_p + gumbel).topk(num_pairs).indices  # (n, K): place of each key's query
-    inputs = torch.zeros(num_examples, seq_len, dtype=torch.int64)
-    inputs[:, 0 : 2 * num_pairs : 2], inputs[:, 1 : 2 * num_pairs : 2] = keys, values
-    labels = torch.full_like(inputs, -100)
-    return inputs.scatter_(1, places, keys), labels.scatter_(1, places, values)
-
-
-def query_positions(labels):
-    """Where the labels are: (n, T) -> (n, K), increasing. Every row has the same number."""
-    return (labels != -100).nonzero()[:, 1].view(len(labels), -1)
-
-
-def show_example():
-    """One small example in aligned columns."""
-    inputs, labels = make_mqar(1, 16, 2, 12, power_a=1, seed=3)
-    roles = ["key", "val"] * 2 + ["query" if label >= 0 else "" for label in labels[0, 4:].tolist()]
-    print("V = 12     " + "".join(f"{role:>6}" for role in roles))
-    print("inputs     " + "".join(f"{token:6}" for token in inputs[0].tolist()))
-    print("labels     " + "".join(f"{label if label >= 0 else '.':>6}" for label in labels[0].tolist()) + "\n")
+models = import_module("03_model")
+data = import_module("04_mqar_data")
+reports = import_module("04_mqar_report")
+sweeps = import_module("04_mqar_sweep")
+make_mqar, query_positions = data.make_mqar, data.query_positions
 
 # %% What is run: every field can be set from the command line
-LEARNING_RATES = {  # what --search marked as best, on seeds that are not reported; its runs: results/mqar_search.jsonl
+LEARNING_RATES = {  # what the search of --preset ladder chose, on seeds that are not reported: results/mqar_ladder.jsonl
     "conv_attention": 0.003,
     "rebased": 0.01,
     "based": 0.003,
     "based_no_floor": 0.003,
     "rebased_floor": 0.02,
 }
-TITLES = {
-    "conv_attention": "softmax",
-    "rebased": "ReBased",
-    "based": "Based",
-    "based_no_floor": "Based − ½",
-    "rebased_floor": "ReBased + ½",
-}
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """Train at `length`, test at `test_lengths`. Softmax learns later, so it gets more steps and a warm-up."""
+    """What is trained and tested. Softmax learns later, so it may get more epochs and a warm-up of its own."""
 
-    mixers: tuple[str, ...] = tuple(TITLES)
+    mixers: tuple[str, ...] = tuple(LEARNING_RATES)
+    lengths: tuple[int, ...] = (128,)
+    pairs: tuple[int, ...] = (16,)  # one for each length
+    d_models: tuple[int, ...] = (64,)
     seeds: tuple[int, ...] = (0, 1, 2)
-    learning_rates: tuple[float, ...] = ()  # empty: each mixer at its own, from LEARNING_RATES
-    length: int = 128
-    pairs: int = 16
+    learning_rates: tuple[float, ...] = ()  # none: each mixer at its own, from LEARNING_RATES
+    search_seeds: tuple[int, ...] = ()  # seeds that choose the rate; none: the best mean over `seeds`, as the paper did
+    model: str = "recall"  # recall: no positions, tested at any length; paper: the paper's MQAR model
+    init: str = "wide"  # with the paper's N(0, 0.02) nothing is learned in 1,200 steps
     vocab_size: int = 256
-    d_model: int = 64
-    heads: int = 1
-    steps: int = 1200
-    softmax_steps: int = 2000
-    softmax_warmup: int = 100
+    heads: int = 1  # 0: as the paper, 12 for kernels and 1 for all others
+    dropout: float = 0.0  # of embeddings and of softmax weights
+    examples: int = 6400  # in an epoch
+    fresh: bool = True  # new examples in every epoch; else the same, in another order
     batch: int = 32
-    test_lengths: tuple[int, ...] = (128, 512, 2048, 8192)
-    test_examples: int = 256  # a quarter of them at 8,192 and beyond
+    epochs: int = 6
+    softmax_epochs: int = 10
+    warmup: int = 0  # steps
+    softmax_warmup: int = 100
+    rate_by_epoch: bool = False  # the cosine takes a step after each epoch, as the paper's; else after each batch
+    stop_at: float = 1.0  # a run ends early above this test accuracy
+    test_examples: int = 256
+    test_lengths: tuple[int, ...] = (128, 512, 2048, 8192)  # none: the trained length only
+
+
+SEVEN = ("attention", "conv_attention", "based", "rebased", "mamba", "rwkv", "elu")
+SQUARES = tuple(name for name in models.KERNEL_NAMES if name != "elu")
+# The paper's settings [P 5.1, App. A; C].
+PAPER = dict(seeds=(42, 43, 44, 45, 46), learning_rates=(5e-4, 1e-3, 3e-3, 1e-2), model="paper", init="paper",
+             vocab_size=8192, heads=0, dropout=0.1, examples=100_000, fresh=False, batch=512, epochs=64, softmax_epochs=64,
+             softmax_warmup=0, rate_by_epoch=True, stop_at=0.99, test_examples=3000, test_lengths=())
+PRESETS = {
+    "ladder": dict(mixers=("conv_attention", *SQUARES), seeds=(0, 1, 2, 3, 4), search_seeds=(100, 101),
+                   learning_rates=(0.001, 0.003, 0.01, 0.02)),
+    "laptop": dict(mixers=SEVEN, lengths=(64,), pairs=(8,), d_models=(16, 24, 32), seeds=(0, 1, 2, 3, 4),
+                   learning_rates=(0.001, 0.003, 0.01), search_seeds=(100, 101), model="paper", epochs=8, softmax_epochs=8,
+                   warmup=100, stop_at=0.99, test_examples=1000, test_lengths=()),
+    "paper": PAPER | dict(mixers=SEVEN, lengths=(128, 256, 512, 1024, 2048), pairs=(16, 64, 128, 256, 512),
+                          d_models=(64, 128, 256, 512)),
+    "paper-ladder": PAPER | dict(mixers=("based", "x2", "norm", "gamma", "gamma_beta", "rebased", "based_norm", "elementwise"),
+                                 lengths=(256, 2048), pairs=(32, 32), d_models=(16, 24, 32, 48)),
+}
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training run: a mixer, a learning rate, a seed."""
+    """One training run: T, K and d are those of its cell."""
 
     mixer: str
+    length: int
+    pairs: int
+    d_model: int
     learning_rate: float
     seed: int
 
+    @property
+    def cell(self):
+        return self.mixer, self.length, self.pairs, self.d_model
 
-def planned_runs(experiment):
-    """All runs, seed by seed, so that an interrupted sweep has whole seeds first."""
-    return [
-        Run(mixer, rate, seed)
-        for seed in experiment.seeds
-        for mixer in experiment.mixers
-        for rate in experiment.learning_rates or (LEARNING_RATES[mixer],)
-    ]
+
+def planned_runs(experiment, seeds, part=(1, 1), chosen=None):
+    """All runs of these seeds, seed by seed, so that an interrupted sweep has whole seeds first.
+
+    part: shard i of n; a cell is never divided. chosen: {cell: learning rate} instead of the whole grid.
+    """
+    cells = [(mixer, length, pairs, d_model) for length, pairs in zip(experiment.lengths, experiment.pairs, strict=True)
+             for d_model in experiment.d_models for mixer in experiment.mixers]
+    rates = {cell: (chosen[cell],) if chosen else experiment.learning_rates or (LEARNING_RATES[cell[0]],) for cell in cells}
+    return [Run(*cell, rate, seed) for seed in seeds for cell in sweeps.shard(cells, part) for rate in rates[cell]]
+
+
+def is_softmax(mixer):
+    """Whether the softmax fields of an Experiment hold for this mixer."""
+    return mixer in ("attention", "conv_attention")
+
+
+def epochs_of(run, experiment):
+    return experiment.softmax_epochs if is_softmax(run.mixer) else experiment.epochs
+
+
+def model_config(run, experiment):
+    """The model of 03 for a run."""
+    heads = experiment.heads or (12 if run.mixer in models.KERNEL_NAMES else 1)
+    if experiment.model == "recall":
+        config = models.recall_config(run.mixer, experiment.vocab_size, run.d_model, heads)
+        return dataclasses.replace(config, init=experiment.init, dropout=experiment.dropout, attention_dropout=experiment.dropout)
+    config = models.mqar_config(run.mixer, run.d_model, run.length)
+    return dataclasses.replace(config, vocab_size=experiment.vocab_size, heads=heads, init=experiment.init,
+                               dropout=min(config.dropout, experiment.dropout), attention_dropout=experiment.dropout)
 
 # %% Training
-# The data are fresh at every step. The loss looks at the K query positions; so do the last layer and the head,
-# which need nothing else: 16 rows of 128.
-def train(run, experiment, report=lambda steps, loss, accuracy: None):
-    """Train one model; report(steps done since the last call, loss, accuracy) now and then. Returns the model."""
-    torch.manual_seed(run.seed)
-    softmax = run.mixer in ("attention", "conv_attention")
-    steps = experiment.softmax_steps if softmax else experiment.steps
-    warmup = experiment.softmax_warmup if softmax else 0
-    model = model_file.LanguageModel(recall_config(run.mixer, experiment))
-    data = make_mqar(steps * experiment.batch, experiment.length, experiment.pairs, experiment.vocab_size, seed=run.seed)
-    positions = query_positions(data[1])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=run.learning_rate, weight_decay=0.1, fused=True)
-    for step in range(steps):
-        rate = min(1, (step + 1) / (warmup + 1)) * (1 + math.cos(math.pi * step / steps)) / 2
-        optimizer.param_groups[0]["lr"] = run.learning_rate * rate
-        at = slice(step * experiment.batch, (step + 1) * experiment.batch)
-        targets = data[1][at].gather(1, positions[at])  # (B, K)
-        logits = model(data[0][at], positions[at])  # (B, K, V)
+# The loss looks at the K query positions; so do the last layer and the head, which need nothing else: 16 rows of 128.
+DATA_SEED, TEST_SEED = 42, 10**12  # of examples that do not change, and of tests: no epoch has the second
+
+
+@functools.lru_cache(maxsize=1)
+def fixed_examples(n, length, pairs, vocab_size):
+    """The training set where it is the same in all runs and epochs."""
+    return make_mqar(n, length, pairs, vocab_size, seed=DATA_SEED)
+
+
+def epoch_batches(run, experiment, epoch):
+    """Yields (inputs, labels) of one epoch; seed and epoch alone decide which and in which order."""
+    if experiment.fresh:
+        seed = run.seed + 1000 * epoch
+        inputs, labels = make_mqar(experiment.examples, run.length, run.pairs, experiment.vocab_size, seed=seed)
+        order = torch.arange(experiment.examples)
+    else:
+        inputs, labels = fixed_examples(experiment.examples, run.length, run.pairs, experiment.vocab_size)
+        order = torch.randperm(experiment.examples, generator=torch.Generator().manual_seed(run.seed + 1000 * epoch))
+    for at in order.split(experiment.batch)[: steps_per_epoch(experiment)]:
+        yield inputs[at], labels[at]
+
+
+def steps_per_epoch(experiment):
+    """Whole batches only."""
+    return experiment.examples // experiment.batch
+
+
+def learning_rate(step, run, experiment):
+    """Linear warm-up times half a cosine to 0, taken after each batch or after each epoch."""
+    per_epoch, epochs = steps_per_epoch(experiment), epochs_of(run, experiment)
+    warmup = experiment.softmax_warmup if is_softmax(run.mixer) else experiment.warmup
+    done = step // per_epoch / epochs if experiment.rate_by_epoch else step / (per_epoch * epochs)
+    return run.learning_rate * min(1, (step + 1) / (warmup + 1)) * (1 + math.cos(math.pi * done)) / 2
+
+
+def train_epoch(model, optimizer, run, experiment, epoch, report):
+    """One pass; report(steps done, loss, accuracy) now and then. Returns the mean loss of its last 20 steps."""
+    model.train()
+    device, losses, first = model.embedding.weight.device, [], epoch * steps_per_epoch(experiment)
+    for step, (inputs, labels) in enumerate(epoch_batches(run, experiment, epoch), first):
+        optimizer.param_groups[0]["lr"] = learning_rate(step, run, experiment)
+        positions = query_positions(labels)
+        targets = labels.gather(1, positions).to(device)  # (B, K)
+        logits = model(inputs.to(device), positions.to(device))  # (B, K, V)
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if (step + 1) % 20 == 0 or step + 1 == steps:
-            report(step % 20 + 1, loss.item(), (logits.argmax(-1) == targets).float().mean().item())
-    return model.eval()
+        losses.append(loss.detach())
+        if (step + 1) % 20 == 0 or step + 1 == first + steps_per_epoch(experiment):
+            report(step + 1, loss.item(), (logits.argmax(-1) == targets).float().mean().item())
+    return torch.stack(losses[-20:]).mean().item()
 
 
-def recall_config(mixer, experiment):
-    """The model of 03 for this experiment, initialised "wide": with the paper's N(0, 0.02) nothing is learned in 1,200
-    steps."""
-    return model_file.recall_config(mixer, experiment.vocab_size, experiment.d_model, experiment.heads)
+def train(run, experiment, device="cpu", checkpoint=None, report=lambda steps, loss, accuracy: None):
+    """Train one model -> the model, and its history: loss and test accuracy after each epoch, γ and β before and after.
+
+    checkpoint: where to keep the state after each epoch, and to go on from; the result does not depend on it.
+    """
+    torch.manual_seed(run.seed)
+    model = models.LanguageModel(model_config(run, experiment)).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=run.learning_rate, weight_decay=0.1, fused=True)
+    history = {"losses": [], "accuracies": [], "placed": placed(model, {})}
+    saved = checkpoint and sweeps.load_checkpoint(checkpoint, device)
+    if saved:
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        history = saved["history"]
+    for epoch in range(len(history["losses"]), epochs_of(run, experiment)):
+        if history["accuracies"] and (history["accuracies"][-1] > experiment.stop_at or math.isnan(history["losses"][-1])):
+            break
+        torch.manual_seed(run.seed + 1000 * epoch)  # dropout: each epoch begins anew, so no random state has to be kept
+        history["losses"].append(train_epoch(model, optimizer, run, experiment, epoch, report))
+        history["accuracies"].append(accuracy(model.eval(), run, experiment))
+        placed(model, history["placed"])
+        if checkpoint and epochs_of(run, experiment) > 1:
+            content = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "history": history}
+            sweeps.save_checkpoint(checkpoint, content)
+    return model.eval(), history
+
+
+def placed(model, history):
+    """Append [mean, std] of the entries of each γ and β of the last layer to history; returns it. [P fig 10]"""
+    kernel = getattr(model.blocks[-1].mixer, "kernel", None)
+    for name in reports.PLACED:
+        values = getattr(kernel, name, None)
+        if values is not None:
+            history.setdefault(name, []).append([values.mean().item(), values.std(correction=0).item()])
+    return history
 
 # %% Testing: the same weights, longer contexts
 # Each cell is a length and a placement of the queries: the official power law or uniform. Beside the accuracy: the
 # share of the last layer's attention that falls on the right pair (key, value, or the token after it, which the
-# convolution of width 3 tells of both), on the other pairs, and on filler.
+# convolution of width 3 tells of both), on the other pairs, and on filler; and how well its largest weights mark the
+# right pair (IoU, see `overlap` of the data). Heads are averaged first.
 PLACEMENTS = {"official": 0.01, "uniform": 1.0}
-TEST_SEED = 1_000_000  # no training run has it
+MEASURES = ("accuracy", "right", "others", "filler")
+
+
+@functools.lru_cache(maxsize=8)
+def test_set(n, length, pairs, vocab_size, power_a):
+    """inputs, labels, query positions of a test."""
+    inputs, labels = make_mqar(n, length, pairs, vocab_size, power_a, TEST_SEED)
+    return inputs, labels, query_positions(labels)
 
 
 @torch.no_grad()
-def test(model, length, power_a, experiment):
-    """{"accuracy", "right", "others", "filler"} of one cell, each a mean over queries."""
+def accuracy(model, run, experiment):
+    """The share of test queries answered right at the trained length."""
+    inputs, labels, positions = test_set(experiment.test_examples, run.length, run.pairs, experiment.vocab_size, 0.01)
+    device, right = model.embedding.weight.device, 0
+    for rows in torch.arange(len(inputs)).split(max(1, 2**16 // run.length)):
+        chosen = model(inputs[rows].to(device), positions[rows].to(device)).argmax(-1).cpu()
+        right += (chosen == labels[rows].gather(1, positions[rows])).sum().item()
+    return right / positions.numel()
+
+
+@torch.no_grad()
+def test(model, length, power_a, run, experiment):
+    """{"accuracy", "right", "others", "filler", "iou"} of one cell, means over queries; None without weights to look at."""
     n = max(1, experiment.test_examples // 4) if length >= 8192 else experiment.test_examples
-    inputs, labels = make_mqar(n, length, experiment.pairs, experiment.vocab_size, power_a, TEST_SEED)
-    positions, totals = query_positions(labels), torch.zeros(4, dtype=torch.float64)
+    inputs, labels, positions = test_set(n, length, run.pairs, experiment.vocab_size, power_a)
+    device, totals, sets = model.embedding.weight.device, torch.zeros(4, dtype=torch.float64), torch.zeros(2)
+    looks = hasattr(model.blocks[-1].mixer, "weights")
     for rows in torch.arange(n).split(max(1, 2**16 // length)):
         tokens, at = inputs[rows], positions[rows]
-        x = model.trunk(tokens)
-        right = model.top(x, at).argmax(-1) == labels[rows].gather(1, at)
-        shares = attention_shares(model.attention_weights(x, at).mean(1), tokens, at, 2 * experiment.pairs)
+        x = model.trunk(tokens.to(device))
+        right = model.top(x, at.to(device)).argmax(-1).cpu() == labels[rows].gather(1, at)
+        shares = [torch.zeros_like(right)] * 3
+        if looks:
+            weights = model.attention_weights(x, at.to(device)).mean(1).cpu()  # (B, n, T)
+            shares = data.attention_shares(weights, tokens, at, 2 * run.pairs)
+            sets += torch.tensor(data.overlap(weights, tokens, at, 2 * run.pairs))
         totals += torch.stack([right.double(), *shares]).sum((1, 2))
-    return dict(zip(("accuracy", "right", "others", "filler"), (totals / positions.numel()).tolist(), strict=True))
-
-
-def attention_shares(weights, tokens, positions, end):
-    """weights (B, n, T) of queries at positions (B, n); pairs lie before `end` -> right, others, filler, each (B, n).
-
-    Earlier queries count as none of the three, so the shares add up to at most 1.
-    """
-    T = tokens.shape[1]
-    place = torch.arange(T)
-    asked = tokens.gather(1, positions)  # (B, n): the key
-    key_at = (tokens[:, None, 0:end:2] == asked.unsqueeze(-1)).double().argmax(-1) * 2  # (B, n)
-    offset = place - key_at.unsqueeze(-1)  # (B, n, T)
-    is_right = (offset >= 0) & (offset <= 2)
-    is_filler = ((place >= end) & (tokens == 0)).unsqueeze(1) & ~is_right
-    is_other = (place < end) & ~is_right
-    return [(weights * mask).sum(-1).double() for mask in (is_right, is_other, is_filler)]
+    means = (totals / positions.numel()).tolist()
+    cell = dict(zip(MEASURES, means if looks else [means[0], None, None, None], strict=True))
+    return cell | {"iou": (sets[0] / sets[1]).item() if looks else None}
 
 
 @torch.no_grad()
-def full_pass(model, experiment):
+def look(model, run, experiment):
+    """The attention of the first test example at its queries, to be drawn: weights, and the place of each value."""
+    inputs, _, positions = test_set(experiment.test_examples, run.length, run.pairs, experiment.vocab_size, 0.01)
+    tokens, at = inputs[:1], positions[:1]
+    device = model.embedding.weight.device
+    weights = model.attention_weights(model.trunk(tokens.to(device)), at.to(device)).mean(1)[0].cpu()  # (n, T)
+    right = data.right_places(tokens, at, 2 * run.pairs)[0].double().argmax(-1) + 1  # (n,): one after the key
+    return {"weights": [[float(f"{w:.3g}") for w in row] for row in weights.tolist()], "right": right.tolist()}
+
+
+@torch.no_grad()
+def full_pass(model, run, experiment):
     """Linear time, shown: every position of one longest sequence through the chunked form, and through the quadratic."""
     length = max(experiment.test_lengths)
-    tokens, _ = make_mqar(1, length, experiment.pairs, experiment.vocab_size, 1.0, TEST_SEED)
+    tokens, _ = make_mqar(1, length, run.pairs, experiment.vocab_size, 1.0, TEST_SEED)
+    x, layer = model.trunk(tokens), model.blocks[-1]
+    q, k = layer.mixer.queries_and_keys(layer.norm1(x), None)
+    v = models.split_heads(layer.mixer.v(layer.norm1(x)), layer.mixer.heads)
+    forms = models.linear_attention.chunked_attention, models.linear_attention.quadratic_attention
     start = time.perf_counter()
-    chunked = model(tokens)
+    chunked = forms[0](q, k, v, layer.mixer.kernel)
     middle = time.perf_counter()
-    quadratic = model(tokens, torch.arange(length).unsqueeze(0))  # all rows, each against all keys
+    quadratic = forms[1](q, k, v, layer.mixer.kernel)
     end = time.perf_counter()
     difference = ((chunked - quadratic).norm() / quadratic.norm()).item()
     return {"length": length, "chunked_seconds": middle - start, "quadratic_seconds": end - middle, "difference": difference}
 
-# %% One run, in a process of its own with one thread
-# Runs share nothing, so one process per core is the best use of a machine. A worker reports its steps through a
-# queue and returns its row; it ends when the program that started it is gone.
-PROGRESS = None  # in a worker: the queue to the program
-
-
-def start_worker(progress):
-    """Make this process a worker: one thread, deaf to Ctrl-C, gone with its parent."""
-    global PROGRESS
-    PROGRESS = progress
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-
-
-def perform(run, experiment):
-    """Train and test one model -> its row of results."""
+# %% One run -> one row
+def perform(run, experiment, device, checkpoint, report):
+    """Train and test one model, in a worker -> its row of results."""
     start = time.perf_counter()
-    model = train(run, experiment, report=lambda *news: PROGRESS.put(news))
+    model, history = train(run, experiment, device, checkpoint, report)
     trained = time.perf_counter() - start
-    cells = {f"{length} {placement}": test(model, length, power_a, experiment)
-             for length in experiment.test_lengths for placement, power_a in PLACEMENTS.items()}
-    first = run.seed == experiment.seeds[0] and run.mixer in model_file.KERNEL_NAMES
+    cells = {f"{length} {placement}": test(model, length, power_a, run, experiment)
+             for length in experiment.test_lengths or (run.length,) for placement, power_a in PLACEMENTS.items()
+             if experiment.test_lengths or placement == "official"}
+    first = run.seed == experiment.seeds[0]
+    looks = first and hasattr(model.blocks[-1].mixer, "weights")
+    timed = first and run.mixer in models.KERNEL_NAMES and len(experiment.test_lengths) > 1
     return {
         **dataclasses.asdict(run),
         "settings": settings(experiment),
+        "accuracy": max(history["accuracies"]),
+        **history,
         "cells": cells,
-        "full_pass": full_pass(model, experiment) if first else None,
+        "picture": look(model, run, experiment) if looks else None,
+        "full_pass": full_pass(model.cpu(), run, experiment) if timed else None,
         "train_seconds": trained,
         "seconds": time.perf_counter() - start,
     }
 
 
+AXES = ("mixers", "lengths", "pairs", "d_models", "seeds", "learning_rates", "search_seeds")
+
+
 def settings(experiment):
-    """The fields that make two runs of one mixer, rate and seed different, as JSON gives them back."""
+    """The fields that are the same in all runs of a sweep, as JSON gives them back."""
     fields = dataclasses.asdict(experiment)
-    return json.loads(json.dumps({name: fields[name] for name in fields if name not in ("mixers", "seeds", "learning_rates")}))
+    return json.loads(json.dumps({name: fields[name] for name in fields if name not in AXES}))
 
-# %% Results: a row as soon as a run has ended
-# Appended and flushed to disk one line at a time. Whatever interrupts the program, finished rows stay and are not
-# run again; half a line, if the machine went down in the middle of writing, is cut off at the next start.
-def read_rows(path):
-    """The rows of a results file; [] if there is none. Raises ValueError that names a line which is not a row."""
-    if not path.exists():
-        return []
-    rows = []
-    for number, line in enumerate(path.read_text().splitlines(keepends=True), 1):
-        if not line.endswith("\n"):
-            break
-        try:
-            rows.append(json.loads(line))
-            _ = [rows[-1][field] for field in ("mixer", "learning_rate", "seed", "settings", "cells")]
-        except (json.JSONDecodeError, KeyError, TypeError, IndexError):
-            raise ValueError(f"{path}, line {number} is not a row of results; mend it or choose another --output") from None
-    return rows
-
-
-def append_row(path, row):
-    """Write one row as one line that is on disk when this returns."""
-    with path.open("ab+") as file:
-        content_end = file.seek(0, os.SEEK_END)
-        if content_end:
-            file.seek(0)
-            file.truncate(file.read().rfind(b"\n") + 1)
-        file.write(json.dumps(row).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sweep(experiment, path, workers, extra):
-    """Perform all planned runs that have no row yet; returns the rows of this experiment, in the order planned."""
-    planned = planned_runs(experiment)
-    missing = [run for run in planned if run not in finished(path, experiment)]
-    if len(missing) < len(planned):
-        print(f"{path}: {len(planned) - len(missing)} of {len(planned)} runs are there already and are not repeated")
-    if missing:
-        perform_all(missing, experiment, path, workers, extra)
-    done = finished(path, experiment)
-    return [done[run] for run in planned]
+# %% The sweep: first the runs that choose the learning rates, then those that are reported
+ROW = ("mixer", "length", "pairs", "d_model", "learning_rate", "seed", "settings", "cells", "placed")
 
 
 def finished(path, experiment):
     """{Run: row} of the rows in the file that have these settings."""
-    rows = [row for row in read_rows(path) if row["settings"] == settings(experiment)]
-    return {Run(row["mixer"], row["learning_rate"], row["seed"]): row for row in rows}
+    rows = [row for row in sweeps.read_rows(path, ROW) if row["settings"] == settings(experiment)]
+    return {Run(*(row[field.name] for field in dataclasses.fields(Run))): row for row in rows}
 
 
-def perform_all(runs, experiment, path, workers, extra):
-    """Perform runs, one process a core, with a bar over all training steps (loss and accuracy: the latest reported)."""
-    context = multiprocessing.get_context("spawn")
-    progress, workers = context.Queue(), min(workers, len(runs))
-    softmax = sum(run.mixer in ("attention", "conv_attention") for run in runs)
-    steps = softmax * experiment.softmax_steps + (len(runs) - softmax) * experiment.steps
-    with (
-        ProcessPoolExecutor(workers, context, start_worker, (progress,)) as pool,
-        tqdm(total=steps, unit="step", desc=f"{len(runs)} runs", smoothing=0.05, mininterval=1) as bar,
-    ):
-        waiting = {pool.submit(perform, run, experiment) for run in runs}
-        try:
-            while waiting:
-                for future in [future for future in waiting if future.done()]:
-                    waiting.remove(future)
-                    append_row(path, future.result() | extra)
-                while not progress.empty():
-                    done, loss, accuracy = progress.get()
-                    bar.set_postfix_str(f"loss {loss:.3f}, accuracy {accuracy:.2f}", refresh=False)
-                    bar.update(done)
-                time.sleep(0.1)
-        except KeyboardInterrupt:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in multiprocessing.active_children():
-                process.terminate()
-            raise
-
-# %% The table: means and standard deviations over seeds
-def mean_std(values):
-    """(mean, standard deviation over seeds), 0 for one seed."""
-    values = torch.tensor(values, dtype=torch.float64)
-    return values.mean().item(), values.std().item() if len(values) > 1 else 0.0
+def perform_missing(planned, experiment, path, workers, extra):
+    """Perform those planned runs that have no row yet."""
+    missing = [run for run in planned if run not in finished(path, experiment)]
+    if len(missing) < len(planned):
+        print(f"{path}: {len(planned) - len(missing)} of {len(planned)} runs are there already and are not repeated")
+    if missing:
+        key = json.dumps(settings(experiment))
+        checkpoints = {run: sweeps.checkpoint_path(path, f"{run} {key}") for run in missing}
+        sweeps.perform_all(checkpoints, perform, (experiment,), path, workers,
+                           lambda run: epochs_of(run, experiment) * steps_per_epoch(experiment), extra)
 
 
-def column(rows, mixer, cell, measure):
-    """One number a seed."""
-    return [row["cells"][cell][measure] for row in rows if row["mixer"] == mixer]
+def sweep(experiment, path, workers, part, extra):
+    """Perform all planned runs of a shard; returns its rows, in the order planned."""
+    search = planned_runs(experiment, experiment.search_seeds, part) if experiment.search_seeds else []
+    perform_missing(search, experiment, path, workers, extra)
+    done = finished(path, experiment)
+    chosen = reports.best_rates([done[run] for run in search], experiment.search_seeds) if search else None
+    planned = planned_runs(experiment, experiment.seeds, part, chosen)
+    perform_missing(planned, experiment, path, workers, extra)
+    done = finished(path, experiment)
+    return [done[run] for run in search + planned]
 
-
-def print_table(rows, experiment):
-    """Accuracy and the share of attention on filler, by length, for each mixer."""
-    seeds = len(experiment.seeds)
-    print(f"\nTrained at T = {experiment.length} with {experiment.pairs} pairs; the same weights tested at other lengths. "
-          f"Mean ± std over {seeds} seeds.\n")
-    print(f"{'':14}{'lr':>6}  {'queries':20}" + "".join(f"{f'T = {T:,}':>15}" for T in experiment.test_lengths))
-    for mixer in experiment.mixers:
-        rate = next(row["learning_rate"] for row in rows if row["mixer"] == mixer)
-        lines = [(f"{placement}", "accuracy", placement) for placement in PLACEMENTS]
-        lines.append(("share on filler", "filler", "uniform"))
-        for i, (label, measure, placement) in enumerate(lines):
-            head = f"{TITLES.get(mixer, mixer):14}{rate:6g}" if i == 0 else " " * 20
-            cells = [mean_std(column(rows, mixer, f"{T} {placement}", measure)) for T in experiment.test_lengths]
-            print(f"{head}  {label:20}" + "".join(f"{f'{mean:.3f} ± {std:.3f}':>15}" for mean, std in cells))
-
-
-def read_table(rows, experiment):
-    """The sentences under the table, from its numbers."""
-    T = max(experiment.test_lengths)
-    means = {mixer: mean_std(column(rows, mixer, f"{T} uniform", "accuracy"))[0] for mixer in experiment.mixers}
-    print(f"\nAt {T:,} tokens, {T // experiment.length} times the trained length, queries anywhere: "
-          + ", ".join(f"{TITLES.get(mixer, mixer)} {mean:.3f}" for mixer, mean in means.items()) + ".")
-    if set(TITLES) <= set(means):
-        floored, free = ("based", "rebased_floor"), ("rebased", "based_no_floor")
-        if max(means[m] for m in floored) < min(means[m] for m in free):
-            print("Both kernels with a floor of ½ lie below both without: taking the ½ from Based repairs it, giving it to "
-                  "ReBased breaks it.\nThe floor is what costs recall here; γ, β and the normalisation are not needed for this.")
-        else:
-            print("The order of the four kernels does not follow the floor in this run.")
-    for row in rows:
-        if row["mixer"] == "rebased" and row["full_pass"]:
-            cost = row["full_pass"]
-            print(f"Linear time: all {cost['length']:,} positions of one sequence took {cost['chunked_seconds'] * 1e3:.0f} ms "
-                  f"through the chunked form, {cost['quadratic_seconds'] * 1e3:.0f} ms through the quadratic one.")
-
-
-def draw(rows, experiment, path):
-    """Accuracy and share of attention on filler against length, uniform queries; a dot per seed, lines through means."""
-    plt = kernels.pyplot()
-    if plt is None:
-        return
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    panels = (("accuracy", "accuracy (queries anywhere)"), ("filler", "share of attention on filler"))
-    for axis, (measure, title) in zip(axes, panels, strict=True):
-        for i, mixer in enumerate(experiment.mixers):
-            values = [column(rows, mixer, f"{T} uniform", measure) for T in experiment.test_lengths]
-            axis.plot(experiment.test_lengths, [mean_std(v)[0] for v in values], color=f"C{i}", label=TITLES.get(mixer, mixer))
-            for T, dots in zip(experiment.test_lengths, values, strict=True):
-                axis.plot([T] * len(dots), dots, "o", color=f"C{i}", markersize=3, alpha=0.6)
-        axis.axvline(experiment.length, color="gray", linestyle=":", linewidth=1)
-        axis.set(title=title, xlabel=f"context length T (trained at {experiment.length})", xscale="log", ylim=(-0.03, 1.03))
-        axis.set_xticks(experiment.test_lengths, [f"{T:,}" for T in experiment.test_lengths], minor=False)
-        axis.minorticks_off()
-    axes[0].legend(frameon=False)
-    figure.savefig(path, dpi=120)
-    print(f"figure: {path}\n")
-
-
-def print_search(rows, experiment):
-    """The search: mean accuracy over all cells, for each mixer and rate; the best is marked."""
-    print(f"\nMean accuracy over all lengths and placements, seeds {', '.join(map(str, experiment.seeds))}; * the best.\n")
-    print(f"{'':14}" + "".join(f"{rate:>10g}" for rate in experiment.learning_rates))
-    for mixer in experiment.mixers:
-        means = [mean_std([cell["accuracy"] for row in rows if (row["mixer"], row["learning_rate"]) == (mixer, rate)
-                           for cell in row["cells"].values()])[0] for rate in experiment.learning_rates]
-        cells = "".join(f"{mean:9.3f}{'*' if mean == max(means) else ' '}" for mean in means)
-        print(f"{TITLES.get(mixer, mixer):14}{cells}")
-    print()
-
-# %% Claims about the data and the measures
-def check_data_format():
-    """Read examples by a slow independent rule: pairs first, each key once more, its value as label."""
-    inputs, labels = make_mqar(50, 64, 8, 40, seed=5)
-    for tokens, targets in zip(inputs.tolist(), labels.tolist(), strict=True):
-        pairs = dict(zip(tokens[0:16:2], tokens[1:16:2], strict=True))
-        assert len(pairs) == 8 == len(set(pairs.values())) and all(0 < k < 20 <= v < 40 for k, v in pairs.items())
-        queries = [t for t in range(16, 64) if tokens[t]]
-        assert sorted(tokens[t] for t in queries) == sorted(pairs) and all(t % 2 == 0 for t in queries)
-        assert all(targets[t] == (pairs[tokens[t]] if t in queries else -100) for t in range(64))
-
-
-def check_pairs_depend_on_the_seed_alone():
-    """Longer or differently placed, the same pairs; another seed, others."""
-    short, long = (make_mqar(4, T, 8, 40, a, seed=1)[0][:, :16] for T, a in ((64, 0.01), (256, 1.0)))
-    assert torch.equal(short, long) and not torch.equal(short, make_mqar(4, 64, 8, 40, seed=2)[0][:, :16])
-
-
-def check_shares_are_shares():
-    """Weights put by hand on the value, on another pair and on filler are found there."""
-    tokens = torch.tensor([[2, 8, 4, 7, 3, 9, 0, 0, 4, 0]])
-    weights = torch.zeros(1, 1, 10)
-    weights[0, 0, [3, 1, 6, 7]] = torch.tensor([0.4, 0.3, 0.2, 0.1])
-    shares = attention_shares(weights, tokens, torch.tensor([[8]]), 6)
-    assert torch.allclose(torch.stack(shares).flatten(), torch.tensor([0.4, 0.3, 0.3], dtype=torch.float64))
-
-
-def check_chunked_equals_rows():
-    """An untrained model at 600 tokens: the full pass gives the logits of the row-wise one."""
+# %% Claims
+def check_chunked_equals_quadratic():
+    """An untrained model at 600 tokens: both forms of its last layer give the same outputs."""
     torch.manual_seed(0)
-    small = Experiment(test_lengths=(600,))
-    cost = full_pass(model_file.LanguageModel(recall_config("rebased", small)), small)
+    experiment, run = Experiment(test_lengths=(600,)), Run("rebased", 128, 16, 64, 0.01, 0)
+    cost = full_pass(models.LanguageModel(model_config(run, experiment)), run, experiment)
     assert cost["difference"] < 1e-4, cost
 
 
-CHECKS = [check_data_format, check_pairs_depend_on_the_seed_alone, check_shares_are_shares, check_chunked_equals_rows]
+def check_the_paper_preset_is_the_papers():
+    """The models of `--preset paper` have the counts of Table 6, and its runs are 7 systems × 20 cells × 4 rates × 5 seeds."""
+    experiment = Experiment(**PRESETS["paper"])
+    for mixer, length, count in (("based", 256, 577_984), ("rebased", 256, 578_752), ("attention", 1024, 623_744),
+                                 ("conv_attention", 512, 578_752), ("mamba", 1024, 655_360), ("rwkv", 1024, 623_872)):
+        found = models.count_parameters(model_config(Run(mixer, length, 16, 64, 0.001, 0), experiment))
+        assert found == count, f"{mixer}: {found:,}, the paper has {count:,}"
+    assert len(planned_runs(experiment, experiment.seeds)) == 7 * 20 * 4 * 5
+
+
+CHECKS = [*data.CHECKS, check_chunked_equals_quadratic, check_the_paper_preset_is_the_papers]
 
 # %% The command line: every field of Experiment is an option
 def at_least(kind, least, strict=False):
@@ -500,77 +422,112 @@ def at_least(kind, least, strict=False):
 
 def mixer_name(text):
     """An argparse type: the name of a two-layer model of 03."""
-    names = ("conv_attention", "attention", *model_file.KERNEL_NAMES)  # those with weights to look at
+    names = dict.fromkeys((*SEVEN, *models.KERNEL_NAMES))
     if text not in names:
         raise argparse.ArgumentTypeError(f"unknown mixer {text!r}; choose from {', '.join(names)}")
     return text
 
 
+def shard_of(text):
+    """An argparse type: "i/n" -> (i, n)."""
+    i, _, n = text.partition("/")
+    if not (i.isdecimal() and n.isdecimal() and 1 <= int(i) <= int(n)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not i/n with 1 <= i <= n, like 2/8")
+    return int(i), int(n)
+
+
+TYPES = {
+    "mixers": mixer_name, "seeds": at_least(int, 0), "search_seeds": at_least(int, 0),
+    "learning_rates": at_least(float, 0, strict=True), "model": str, "init": str, "heads": at_least(int, 0),
+    "dropout": at_least(float, 0), "warmup": at_least(int, 0), "softmax_warmup": at_least(int, 0),
+    "stop_at": at_least(float, 0),
+}
+
+
 def make_parser():
     """Options of the program and one for each field of Experiment."""
-    parser = argparse.ArgumentParser(
-        description="04: train five mixers on associative recall, test them on longer contexts (4 minutes on two cores)",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--search", action="store_true", help=f"try the learning rates {GRID} on seeds {SEARCH_SEEDS}")
+    parser = argparse.ArgumentParser(description="04: train mixers on associative recall, test them on longer contexts. Without "
+                                     "options: 5 mixers × 3 seeds, 4 minutes on two cores.")
+    parser.add_argument("--preset", choices=tuple(PRESETS),
+                        help="ladder: every kernel with a floor of ½ and without; laptop: seven systems, three widths; "
+                        "paper, paper-ladder: Figure 1 and Table 1 of the paper, for GPUs")
     parser.add_argument("--output", type=kernels.writable, default=None,
-                        help="rows of results; runs that are there are not repeated (runs/mqar.jsonl or mqar_search.jsonl)")
-    parser.add_argument("--figure", type=kernels.writable, default="runs/mqar.png", help="where to draw it")
-    parser.add_argument("--workers", type=at_least(int, 1), default=os.cpu_count(), help="processes, one thread each")
-    special = {"mixers": mixer_name, "seeds": at_least(int, 0), "learning_rates": at_least(float, 0, strict=True)}
+                        help="rows of results; runs that are there are not repeated (runs/mqar.jsonl, runs/mqar_PRESET.jsonl)")
+    parser.add_argument("--figure", type=kernels.writable, default=None, help="where to draw it (as --output, but .png)")
+    parser.add_argument("--workers", type=at_least(int, 1), default=sweeps.default_workers(),
+                        help="processes, one thread each; on GPUs they take turns at them (%(default)s)")
+    parser.add_argument("--shard", type=shard_of, default=(1, 1), metavar="i/n",
+                        help="perform part i of n, on this machine; join the files of rows with cat, then run without --shard")
+    group = parser.add_argument_group("settings of the experiment (default: without a preset)")
     for field in dataclasses.fields(Experiment):
-        many = isinstance(field.default, tuple)
-        parser.add_argument("--" + field.name.replace("_", "-"), type=special.get(field.name, at_least(int, 1)),
-                            nargs="+" if many else None, default=argparse.SUPPRESS, help=f"default {field.default}")
+        flag, many = "--" + field.name.replace("_", "-"), isinstance(field.default, tuple)
+        if isinstance(field.default, bool):
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS,
+                               help=f"({field.default})")
+        else:
+            group.add_argument(flag, type=TYPES.get(field.name, at_least(int, 1)), nargs="*" if many else None,
+                               default=argparse.SUPPRESS, help=f"({field.default})")
     return parser
-
-
-GRID, SEARCH_SEEDS = (0.003, 0.01, 0.02), (100, 101)
 
 
 def make_experiment(options, parser):
     """The experiment asked for; the program ends with one line if it cannot be run."""
     names = [field.name for field in dataclasses.fields(Experiment)]
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(options).items() if k in names}
-    base = {"seeds": SEARCH_SEEDS, "learning_rates": GRID} if options.search else {}
-    experiment = Experiment(**(base | given))
-    without = [mixer for mixer in experiment.mixers if mixer not in LEARNING_RATES]
-    if without and not experiment.learning_rates:
-        parser.error(f"no learning rate is known for {', '.join(without)}; give --learning-rates, or --search for one")
+    experiment = Experiment(**(PRESETS.get(options.preset, {}) | given))
     try:
-        for length in (experiment.length, *experiment.test_lengths):
-            make_mqar(1, length, experiment.pairs, experiment.vocab_size)
-        for mixer in experiment.mixers:
-            recall_config(mixer, experiment)
+        refuse_impossible(experiment)
     except ValueError as error:
         parser.error(str(error))
     return experiment
 
 
+def refuse_impossible(experiment):
+    """Raise ValueError, in one line, for what would fail after an hour."""
+    for field in ("mixers", "lengths", "d_models", "seeds"):
+        if not getattr(experiment, field):
+            raise ValueError(f"--{field.replace('_', '-')} needs at least one value")
+    if len(experiment.pairs) != len(experiment.lengths):
+        raise ValueError(f"--pairs needs one value for each length: {len(experiment.lengths)}, got {len(experiment.pairs)}")
+    if set(experiment.seeds) & set(experiment.search_seeds):
+        raise ValueError("--search-seeds choose the learning rate: they must not be among --seeds")
+    without = [mixer for mixer in experiment.mixers if mixer not in LEARNING_RATES]
+    if without and not experiment.learning_rates:
+        raise ValueError(f"no learning rate is known for {', '.join(without)}; give --learning-rates (and --search-seeds)")
+    if experiment.model not in ("recall", "paper"):
+        raise ValueError(f"--model is recall or paper, got {experiment.model!r}")
+    if experiment.batch > experiment.examples:
+        raise ValueError(f"an epoch of {experiment.examples} --examples has no batch of {experiment.batch}")
+    if experiment.test_lengths and (experiment.model == "paper" or len(experiment.lengths) > 1):
+        raise ValueError("--test-lengths need one trained length and a model without positions (--model recall)")
+    for run in planned_runs(experiment, experiment.seeds[:1]):
+        model_config(run, experiment)
+        for length in (run.length, *experiment.test_lengths):
+            make_mqar(1, length, run.pairs, experiment.vocab_size)
+
+
 def main(argv=None):
-    """Run what is missing, print the table and its reading, draw the figure, run the checks; returns failed checks."""
+    """Run what is missing, print the tables and their reading, draw the figures, run the checks; returns failed checks."""
     parser = make_parser()
     options = kernels.parse_arguments(parser, argv)
     experiment = make_experiment(options, parser)
-    path = options.output or kernels.writable("runs/mqar_search.jsonl" if options.search else "runs/mqar.jsonl")
-    show_example()
+    path = options.output or kernels.writable(f"runs/mqar_{options.preset}.jsonl" if options.preset else "runs/mqar.jsonl")
+    figure = options.figure or kernels.writable(path.with_suffix(".png"))
+    data.show_example()
     start = time.perf_counter()
     try:
-        rows = sweep(experiment, path, options.workers, kernels.provenance(__file__, sys.argv[1:] if argv is None else argv))
+        extra = kernels.provenance(__file__, sys.argv[1:] if argv is None else argv)
+        rows = sweep(experiment, path, options.workers, options.shard, extra)
     except ValueError as error:
         parser.error(str(error))
     except OSError as error:
-        parser.error(f"cannot write {path}: {error.strerror}; finished runs before this one are kept")
+        parser.error(f"cannot write {error.filename or path}: {error.strerror}; finished runs before this one are kept")
     except BrokenProcessPool:
         parser.error(f"a worker died (out of memory?); finished runs are in {path}, the same command goes on; try --workers 1")
     except KeyboardInterrupt:
-        print(f"\ninterrupted: finished runs are in {path}; the same command goes on from there")
+        print(f"\ninterrupted: finished runs are in {path}, unfinished ones beside it; the same command goes on from there")
         raise SystemExit(130) from None
-    if options.search or len(experiment.learning_rates) > 1:
-        print_search(rows, experiment)
-    else:
-        print_table(rows, experiment)
-        read_table(rows, experiment)
-        draw(rows, experiment, options.figure)
+    reports.report(rows, experiment.search_seeds, Path(figure))
     print(f"{(time.perf_counter() - start) / 60:.1f} minutes; rows: {path}\n")
     return kernels.run_checks(CHECKS)
 

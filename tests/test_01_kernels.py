@@ -36,26 +36,27 @@ def test_scores_by_hand(name):
         "based": 1 + s + s**2 / 2,
         "based_norm": 1 + s + s**2 / 2,
         "based_no_floor": 0.5 + s + s**2 / 2,
-        "rebased_floor": s**2 + 0.5,
+        "based_norm_no_floor": 0.5 + s + s**2 / 2,
         "elementwise": torch.einsum("id,jd->ij", q**2, k**2),
+        "elementwise_floor": torch.einsum("id,jd->ij", q**2, k**2) + 0.5,
         "elu": torch.einsum("id,jd->ij", torch.where(q > 0, q + 1, q.exp()), torch.where(k > 0, k + 1, k.exp())),
-    }.get(name, s**2)
+    }.get(name, s**2 + 0.5 if name.endswith("_floor") else s**2)
     torch.testing.assert_close(kernels.all_kernels(16)[name].scores(q, k), expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_coefficients_are_those_of_the_scores(name):
     kernel = kernels.all_kernels(16)[name]
-    if name in ("elu", "elementwise"):
+    if name in ("elu", "elementwise", "elementwise_floor"):
         assert kernel.coefficients is None
         return
     expected = {
         "based": (1, 1, 0.5),
         "based_norm": (1, 1, 0.5),
         "based_no_floor": (0.5, 1, 0.5),
-        "rebased_floor": (0.5, 0, 1),
+        "based_norm_no_floor": (0.5, 1, 0.5),
     }
-    assert kernel.coefficients == expected.get(name, (0, 0, 1))
+    assert kernel.coefficients == expected.get(name, (0.5 if name.endswith("_floor") else 0, 0, 1))
     s = torch.linspace(-3, 3, 7, dtype=torch.float64)
     c0, c1, c2 = kernel.coefficients
     torch.testing.assert_close(kernels.weights_at(kernel.scores, s), c0 + c1 * s + c2 * s**2)

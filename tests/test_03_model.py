@@ -55,6 +55,15 @@ def test_rows_have_the_gradients_of_rows(mixer):
         torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-9)
 
 
+def test_many_rows_take_the_other_form():
+    """More positions than features: all positions are computed, linear in T, and the rows are the same."""
+    positions = torch.arange(25).flip(0).expand(2, 25)
+    for mixer in ("rebased", "elementwise"):
+        model = m.small_model(mixer)
+        assert positions.shape[1] > model.blocks[-1].mixer.kernel.num_features
+        torch.testing.assert_close(model(TOKENS, positions), m.rows(model(TOKENS), positions))
+
+
 def test_causal_conv_is_conv1d():
     conv = torch.nn.Conv1d(6, 6, 3, groups=6)
     x = torch.randn(2, 10, 6)
