@@ -91,9 +91,9 @@ PAPER = dict(seeds=(42, 43, 44, 45, 46), learning_rates=(5e-4, 1e-3, 3e-3, 1e-2)
              softmax_warmup=0, rate_by_epoch=True, stop_at=0.99, test_examples=3000, test_lengths=())
 PRESETS = {
     "ladder": dict(mixers=("conv_attention", *SQUARES), seeds=(0, 1, 2, 3, 4), search_seeds=(100, 101),
-                   learning_rates=(0.001, 0.003, 0.01, 0.02)),
+                   learning_rates=(0.001, 0.003, 0.01)),
     "laptop": dict(mixers=SEVEN, lengths=(64,), pairs=(8,), d_models=(16, 24, 32), seeds=(0, 1, 2, 3, 4),
-                   learning_rates=(0.001, 0.003, 0.01), search_seeds=(100, 101), model="paper", epochs=8, softmax_epochs=8,
+                   learning_rates=(0.003, 0.01), search_seeds=(100, 101), model="paper", epochs=8, softmax_epochs=8,
                    warmup=100, stop_at=0.99, test_examples=1000, test_lengths=()),
     "paper": PAPER | dict(mixers=SEVEN, lengths=(128, 256, 512, 1024, 2048), pairs=(16, 64, 128, 256, 512),
                           d_models=(64, 128, 256, 512)),
@@ -125,8 +125,9 @@ def planned_runs(experiment, seeds, part=(1, 1), chosen=None):
     """
     cells = [(mixer, length, pairs, d_model) for length, pairs in zip(experiment.lengths, experiment.pairs, strict=True)
              for d_model in experiment.d_models for mixer in experiment.mixers]
+    cells = sweeps.shard(cells, part)
     rates = {cell: (chosen[cell],) if chosen else experiment.learning_rates or (LEARNING_RATES[cell[0]],) for cell in cells}
-    return [Run(*cell, rate, seed) for seed in seeds for cell in sweeps.shard(cells, part) for rate in rates[cell]]
+    return [Run(*cell, rate, seed) for seed in seeds for cell in cells for rate in rates[cell]]
 
 
 def is_softmax(mixer):

@@ -1,6 +1,5 @@
-"""The specification of 04_train_mqar.py: the data, the measures, the sweep, the command line."""
+"""The specification of 04_train_mqar.py and 04_mqar_data.py: the data, the measures, training, the command line."""
 
-import json
 import math
 from importlib import import_module
 from pathlib import Path
@@ -9,31 +8,9 @@ import pytest
 import torch
 
 m = import_module("04_train_mqar")
-TINY = [
-    "--mixers",
-    "rebased",
-    "conv_attention",
-    "--seeds",
-    "0",
-    "1",
-    "--learning-rates",
-    "0.003",
-    "--steps",
-    "3",
-    "--softmax-steps",
-    "3",
-    "--length",
-    "32",
-    "--pairs",
-    "4",
-    "--test-lengths",
-    "32",
-    "64",
-    "--test-examples",
-    "8",
-    "--batch",
-    "4",
-]
+data = import_module("04_mqar_data")
+TINY = "--mixers rebased conv_attention --seeds 0 1 --learning-rates 0.003 --epochs 2 --softmax-epochs 2 --examples 16 " \
+    "--lengths 32 --pairs 4 --test-lengths 32 64 --test-examples 8 --batch 4 --workers 2".split()
 
 
 @pytest.mark.parametrize("check", m.CHECKS, ids=lambda check: check.__name__)
@@ -93,7 +70,7 @@ def test_drawing_without_replacement_is_successive():
 @pytest.mark.parametrize("count, population", [(3, 20), (3, 5)])
 def test_distinct_draws_are_uniform(count, population):
     """Both ways (redrawing, shuffling): each ordered triple equally often."""
-    drawn = m.distinct(120_000, count, population, torch.Generator().manual_seed(0))
+    drawn = data.distinct(120_000, count, population, torch.Generator().manual_seed(0))
     assert all(len(set(row)) == count for row in drawn[:1000].tolist())
     number = (drawn * torch.tensor([population**2, population, 1])).sum(1)
     counts = torch.bincount(number)
@@ -142,7 +119,7 @@ def test_shares_by_a_slow_reading():
     inputs, labels = m.make_mqar(5, 64, 8, 64, seed=0)
     positions = m.query_positions(labels)
     weights = torch.rand(5, 8, 64)
-    found = torch.stack(m.attention_shares(weights, inputs, positions, 16), -1)
+    found = torch.stack(data.attention_shares(weights, inputs, positions, 16), -1)
     for b in range(5):
         for i, at in enumerate(positions[b].tolist()):
             key = inputs[b, :16:2].tolist().index(inputs[b, at].item()) * 2
@@ -154,49 +131,76 @@ def test_shares_by_a_slow_reading():
             assert found[b, i].tolist() == pytest.approx(sums, rel=1e-5)
 
 
+def test_the_overlap_by_a_slow_reading():
+    """Sets of places, the three of the right pair taken as one."""
+    inputs, labels = m.make_mqar(5, 64, 8, 64, seed=0)
+    positions, hits, union = m.query_positions(labels), 0, 0
+    weights = torch.rand(5, 8, 64) ** 4
+    for b in range(5):
+        for i, at in enumerate(positions[b].tolist()):
+            key = inputs[b, :16:2].tolist().index(inputs[b, at].item()) * 2
+            row = weights[b, i].tolist()
+            attended = {"right" if key <= t <= key + 2 else t for t in range(64) if row[t] >= max(row) / 2}
+            hits, union = hits + len(attended & {"right"}), union + len(attended | {"right"})
+    assert data.overlap(weights, inputs, positions, 16) == (hits, union) and 0 < hits < union
+
+
+def small(**changes):
+    """Two pairs in 16 tokens: learned in seconds."""
+    return m.Experiment(lengths=(16,), pairs=(2,), d_models=(32,), vocab_size=16, examples=1600, epochs=6, batch=32,
+                        test_lengths=(16,), test_examples=64, **changes)
+
+
 def test_training_learns():
-    """A task small enough for seconds: two pairs, the loss falls far below that of guessing."""
-    experiment = m.Experiment(
-        length=16, pairs=2, vocab_size=16, d_model=32, steps=300, batch=32, test_lengths=(16,), test_examples=64
-    )
-    reports = []
-    model = m.train(m.Run("rebased", 0.01, 0), experiment, report=lambda *news: reports.append(news))
-    assert sum(done for done, _, _ in reports) == 300 and reports[-1][1] < 0.3 * math.log(8)
-    cell = m.test(model, 16, 0.01, experiment)
-    assert cell["accuracy"] > 0.9 and cell["right"] + cell["others"] + cell["filler"] <= 1 + 1e-5
+    """The loss falls far below that of guessing; every epoch leaves its accuracy, and its γ and β."""
+    experiment, run, reports = small(), m.Run("rebased", 16, 2, 32, 0.01, 0), []
+    model, history = m.train(run, experiment, report=lambda *news: reports.append(news))
+    assert reports[-1][0] == 300 and history["losses"][-1] < 0.3 * math.log(8)
+    assert len(history["accuracies"]) == 6 and len(history["placed"]["gamma_q"]) == 7
+    assert history["placed"]["gamma_q"][0] == [1, 0] and history["placed"]["gamma_q"][-1] != [1, 0]
+    cell = m.test(model, 16, 0.01, run, experiment)
+    assert cell["accuracy"] == history["accuracies"][-1] > 0.9 and cell["right"] + cell["others"] + cell["filler"] <= 1 + 1e-5
 
 
-def run(tmp_path, *more):
-    return m.main([*TINY, "--output", str(tmp_path / "rows.jsonl"), "--figure", str(tmp_path / "figure.png"), *more])
+def test_a_run_ends_where_it_is_good_enough():
+    _, history = m.train(m.Run("based", 16, 2, 32, 0.01, 0), small(stop_at=0.5))
+    assert len(history["accuracies"]) < 6 and history["accuracies"][-1] > 0.5 >= max([0, *history["accuracies"][:-1]])
 
 
-def test_sweep_writes_rows_and_goes_on_where_it_stopped(tmp_path, capsys):
-    """One whole sweep; then a row is lost and another torn: only those two run again, to the same numbers."""
-    assert run(tmp_path) == 0
-    out = capsys.readouterr().out
-    assert "softmax" in out and "± " in out and (tmp_path / "figure.png").stat().st_size > 10_000
-    file = tmp_path / "rows.jsonl"
-    lines = file.read_text().splitlines(keepends=True)
-    rows = {(r["mixer"], r["seed"]): r for r in map(json.loads, lines)}
-    assert len(rows) == 4 and all({"commit", "date", "hardware", "command", "seconds"} <= set(r) for r in rows.values())
-    file.write_text("".join(lines[:2]) + lines[2][: len(lines[2]) // 2])
-    assert run(tmp_path) == 0
-    assert "2 of 4 runs are there already" in capsys.readouterr().out
-    again = [json.loads(line) for line in file.read_text().splitlines()]
-    assert len(again) == 4 and all(r["cells"] == rows[r["mixer"], r["seed"]]["cells"] for r in again)
+@pytest.mark.parametrize("changes", [{}, {"fresh": False, "dropout": 0.1, "rate_by_epoch": True}], ids=["laptop", "paper"])
+def test_a_run_that_is_cut_ends_as_one_that_is_not(tmp_path, changes):
+    """Stopped in its fourth epoch and started again: the same weights and history, bit for bit."""
+    run, checkpoint = m.Run("conv_attention", 16, 2, 32, 0.01, 0), tmp_path / "run.pt"
+    experiment = small(softmax_epochs=6, **changes)
+    whole, history = m.train(run, experiment)
+
+    def cut(steps, loss, accuracy):
+        if steps > 160:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        m.train(run, experiment, "cpu", checkpoint, cut)
+    seen = []
+    again, continued = m.train(run, experiment, "cpu", checkpoint, lambda steps, *_: seen.append(steps))
+    assert min(seen) > 150 and continued == history
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
 
 
-def test_search_marks_the_best(tmp_path, capsys):
-    assert run(tmp_path, "--search", "--learning-rates", "0.003", "0.01", "--seeds", "7", "--mixers", "rebased") == 0
-    out = capsys.readouterr().out
-    assert "0.003" in out and "*" in out
+def test_the_papers_schedule_is_the_papers():
+    """A cosine that takes a step after each of 64 epochs; no warm-up; 195 whole batches of 512 in 100,000 examples."""
+    experiment, run = m.Experiment(**m.PRESETS["paper"]), m.Run("rebased", 128, 16, 64, 0.003, 42)
+    rates = [m.learning_rate(step, run, experiment) for step in range(64 * 195)]
+    assert rates[:195] == [0.003] * 195 and len(set(rates)) == 64 and rates[195] < 0.003
+    assert rates[-1] == pytest.approx(0.003 * (1 + math.cos(math.pi * 63 / 64)) / 2)
+    assert [len(x) for x, _ in m.epoch_batches(run, m.Experiment(examples=1000, batch=300, fresh=False), 0)] == [300] * 3
 
 
-def test_broken_results_are_named(tmp_path, capsys):
-    (tmp_path / "rows.jsonl").write_text('{"mixer": "rebased"}\n')
-    with pytest.raises(SystemExit) as stop:
-        run(tmp_path)
-    assert stop.value.code == 2 and "line 1 is not a row" in capsys.readouterr().err
+def test_epochs_are_other_orders_or_other_examples():
+    run = m.Run("rebased", 16, 2, 32, 0.01, 0)
+    for fresh in (True, False):
+        first, again, other = (torch.cat([x for x, _ in m.epoch_batches(run, small(fresh=fresh), e)]) for e in (0, 0, 1))
+        assert torch.equal(first, again) and not torch.equal(first, other)
+        assert torch.equal(first.unique(dim=0), other.unique(dim=0)) != fresh
 
 
 @pytest.mark.parametrize(
@@ -206,12 +210,23 @@ def test_broken_results_are_named(tmp_path, capsys):
         (["--learning-rates", "fast"], "is not a number"),
         (["--mixers", "rebasd"], "unknown mixer 'rebasd'"),
         (["--pairs", "40"], "need 4·40 = 160 positions"),
+        (["--pairs", "8", "16"], "one value for each length: 1, got 2"),
+        (["--preset", "laptop", "--lengths", "64", "128"], "one value for each length: 2, got 1"),
+        (["--seeds", "100", "--search-seeds", "100"], "must not be among --seeds"),
+        (["--shard", "3/2"], "is not i/n"),
+        (["--model", "papers"], "recall or paper"),
+        (["--model", "paper"], "--test-lengths need"),
+        (["--preset", "papr"], "invalid choice"),
+        (["--examples", "10"], "has no batch of 32"),
+        (["--dropout", "1.0"], "must lie in [0, 1)"),
+        (["--init", "narrow"], "init 'paper' or 'wide'"),
+        (["--seeds"], "--seeds needs at least one value"),
         (["--vocab-size", "20"], "vocabulary of 34"),
         (["--mixers", "x2"], "no learning rate is known for x2"),
         (["--output", "/dev/null/rows.jsonl"], "cannot write"),
         (["--seeds", "-1"], "at least 0"),
-        (["--steps", "0"], "at least 1"),
-        (["--heads", "0"], "at least 1"),
+        (["--epochs", "0"], "at least 1"),
+        (["--heads", "-1"], "at least 0"),
         (["--workers", "0"], "at least 1"),
         (["--mixers", "conv_attention", "--heads", "5"], "5 heads do not fit"),
     ],
@@ -224,13 +239,13 @@ def test_impossible_settings_are_named(arguments, message, capsys):
 
 
 def test_the_learning_rates_are_those_of_the_search():
-    """LEARNING_RATES is what results/mqar_search.jsonl says: the best mean over all cells, on seeds the table has not."""
-    rows = m.read_rows(Path(m.__file__).parent / "results" / "mqar_search.jsonl")
-    assert {row["seed"] for row in rows}.isdisjoint(m.Experiment().seeds)
-    for mixer, rate in m.LEARNING_RATES.items():
-        means = {}
-        for row in rows:
-            if row["mixer"] == mixer:
-                means.setdefault(row["learning_rate"], []).extend(cell["accuracy"] for cell in row["cells"].values())
-        assert set(means) == set(m.GRID)
-        assert max(means, key=lambda rate: sum(means[rate]) / len(means[rate])) == rate
+    """LEARNING_RATES is what the search in results/mqar_ladder.jsonl chose, on seeds that no table reports."""
+    ladder = m.Experiment(**m.PRESETS["ladder"])
+    rows = m.sweeps.read_rows(Path(m.__file__).parent / "results" / "mqar_ladder.jsonl", m.ROW)
+    assert set(ladder.search_seeds).isdisjoint((*ladder.seeds, *m.Experiment().seeds))
+    assert all(row["settings"] == m.settings(m.Experiment()) for row in rows)
+    rates = {mixer: rate for (mixer, *_), rate in m.reports.best_rates(rows, ladder.search_seeds).items()}
+    assert m.LEARNING_RATES == {mixer: rates[mixer] for mixer in m.LEARNING_RATES}
+    tried = {(row["mixer"], row["learning_rate"], row["seed"]) for row in rows}
+    assert all((mixer, rate, seed) in tried for mixer in ladder.mixers for rate in ladder.learning_rates
+               for seed in ladder.search_seeds)
