@@ -99,10 +99,10 @@ def mean_std(values):
 
 
 def scores_by_rate(rows, search_seeds):
-    """{cell: {learning rate: mean score}} over the search seeds, over all seeds where there are none."""
-    scores = {}
+    """{cell: {learning rate: mean score}} over the search seeds, over all seeds where a cell has none of them."""
+    scores, searched = {}, {cell_of(row) for row in rows if row["seed"] in search_seeds}
     for row in rows:
-        if not search_seeds or row["seed"] in search_seeds:
+        if row["seed"] in search_seeds or cell_of(row) not in searched:
             scores.setdefault(cell_of(row), {}).setdefault(row["learning_rate"], []).append(score(row))
     return {cell: {rate: mean_std(rates[rate])[0] for rate in sorted(rates)} for cell, rates in scores.items()}
 
@@ -116,7 +116,7 @@ def reported(rows, search_seeds):
     """{cell: its rows at the chosen rate, on seeds that did not choose it}; the order is always the same."""
     best, cells = best_rates(rows, search_seeds), {}
     for row in sorted(rows, key=lambda row: (order(row["mixer"]), cell_of(row), row["seed"])):
-        if row["seed"] not in search_seeds and row["learning_rate"] == best.get(cell_of(row), row["learning_rate"]):
+        if row["seed"] not in search_seeds and row["learning_rate"] == best[cell_of(row)]:
             cells.setdefault(cell_of(row), []).append(row)
     return cells
 
