@@ -47,7 +47,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # read by Triton when i
 SEGMENT, TILE, STEP, FEATURES = 512, 128, 64, 32  # tokens a state, a program, a step; rows of the state at a time
 
 # What the compiler must know. STATE: numbers of a state, S then z, up to a multiple of 16 (alignment). TYPE, PRECISION:
-# of the factors of a product; sums are float32. WARPS: one for 16 rows; four are the warpgroup of Hopper's products.
+# of the factors of a product; sums are float32. WARPS of a program with a tile: two of Hopper's warpgroups.
 Sizes = namedtuple("Sizes", "D DV P P_PAD STATE SEGMENT TILE STEP F WARPS TYPE PRECISION EPS")
 
 
@@ -57,7 +57,7 @@ def sizes_for(D, Dv, P, dtype, segment=SEGMENT):
     part = 1 if dtype == torch.bfloat16 else 2
     tile = min(TILE // part, segment)
     return Sizes(D, Dv, P, -(-P // FEATURES) * FEATURES, -(-P * (Dv + 1) // 16) * 16, segment, tile, STEP // part, FEATURES,
-                 tile // 16, tl.bfloat16 if part == 1 else tl.float32, "ieee" if dtype == torch.float32 else "tf32", linear.EPS)
+                 8, tl.bfloat16 if part == 1 else tl.float32, "ieee" if dtype == torch.float32 else "tf32", linear.EPS)
 
 
 @triton.constexpr_function

@@ -266,6 +266,13 @@ def test_compiled_for_an_a100_and_an_h100_nothing_spills():
 
 
 @compiles
+def test_by_its_counts_a_long_sequence_takes_less_than_three_floors():
+    """Even if products, memory, L2 and issue did not overlap: a bound on the code, no measurement."""
+    for found, floor in zip(benchmark.predicted_ns(8192), benchmark.floor_ns(8192), strict=True):
+        assert 0 < found[0] < found[1] < 3 * floor
+
+
+@compiles
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_nor_do_other_types(dtype):
