@@ -38,6 +38,11 @@ def test_parameter_counts_of_the_paper():
     assert counts == {"attention": 151_880_448, "based": 147_542_016, "rebased": 147_548_928}
 
 
+def test_laptop_models_are_equal_in_size():
+    sizes = [models.count_parameters(pile.laptop_config(mixer, 256)) for mixer in ("rebased", "based", "attention")]
+    assert max(sizes) < 1.002 * min(sizes)
+
+
 def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path):
     data = tokens_of(tmp_path, [make_data(tmp_path)])
     found = []

@@ -339,7 +339,7 @@ def test_the_table_counts_what_the_files_hold(tmp_path, capsys):
     rows = {line[:24].strip(): line[24:].split() for line in shown.splitlines()[2:6]}
     assert list(rows) == ["Github", "ArXiv", "Wikipedia (en)", "unknown"]
     assert all(int(row[0]) + int(row[2]) == 20 for row in list(rows.values())[:3])
-    assert "not used: 1 × not JSON, 3 zero bytes" in shown and f"checks: {len(data_file.CHECKS)} passed, 0 failed" in shown
+    assert "not used: 1 × not JSON, 3 × zero bytes" in shown and f"checks: {len(data_file.CHECKS)} passed, 0 failed" in shown
 
 
 @pytest.mark.parametrize("arguments, message", [
