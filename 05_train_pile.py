@@ -98,8 +98,7 @@ PRESETS = {
                   micro_batch=8, steps=20_000, warmup=200, lr=1e-3, save_every=500, eval_tokens=2_000_000, eval_length=16_384),
 }
 
-# What may differ when a run is continued: how the work is cut, saved and measured, not what is learned.
-FREE = {"micro_batch", "save_every", "eval_tokens", "eval_length"}
+FREE = {"micro_batch", "save_every", "eval_tokens", "eval_length"}  # may differ when a run is continued
 
 
 def laptop_config(mixer, vocab_size):
@@ -186,7 +185,7 @@ def train_step(model, optimizer, parts, step, settings, place):
     for parameter, grad in zip(parameters, grads, strict=True):
         parameter.grad = grad.view_as(parameter)
     norm, loss = torch.nn.utils.clip_grad_norm_(parameters, settings.clip).item(), loss.item()
-    if not math.isfinite(loss) or not math.isfinite(norm):
+    if not math.isfinite(loss + norm):
         raise Refusal(f"step {step}: loss {loss}, gradient {norm}; lower --lr (the last checkpoint is intact)")
     optimizer.step()
     rate = settings.batch_tokens / (time.perf_counter() - start)
@@ -236,7 +235,7 @@ def restore(path, model, optimizer, mixer, settings, data):
 
 # %% Training
 def make_model(mixer, settings, data, place):
-    """A model from the seed. Same weights in every process."""
+    """A model from the seed: the same weights in every process."""
     torch.manual_seed(settings.seed)
     return models.LanguageModel(model_config(mixer, settings, data.vocabulary.size)).to(place.device)
 
@@ -258,16 +257,16 @@ def begin(mixer, settings, data, path, place, options):
     elif place.rank == 0:
         path.unlink(missing_ok=True)  # of an earlier run
     if options.resume and place.rank == 0:
-        print(f"{path}: " + (f"goes on at step {len(log)}" if log else "no checkpoint there, begins at step 0"))
+        print(f"{path}: {f'goes on at step {len(log)}' if log else 'no checkpoint there, begins at step 0'}")
     return model, optimizer, log
 
 
 def train(mixer, settings, data, folder, place, options):
     """Train one model, or what is left of it with --resume. Returns the model and a record for each step."""
     path = folder / "checkpoint.pt"
+    path.parent.mkdir(parents=True, exist_ok=True)
     model, optimizer, log = begin(mixer, settings, data, path, place, options)
     ready = make_ready(model, options)
-    folder.mkdir(parents=True, exist_ok=True)
     bar = tqdm(range(len(log), settings.steps), mixer, settings.steps, initial=len(log), disable=place.rank > 0)
     with open(folder / "log.jsonl" if place.rank == 0 else os.devnull, "w") as file:
         file.writelines(json.dumps(record) + "\n" for record in log)
@@ -422,7 +421,9 @@ def load_model(path, device, tokenizer_file=None):
 
 
 def sample_command(options, device):
-    """--sample, --document, --save-state, --load-state."""
+    """--sample, --document, --save-state, --load-state: returns 0."""
+    if options.sample is None and not options.save_state:
+        raise Refusal("a document or a state alone asks for nothing: add --sample PROMPT or --save-state FILE")
     if options.length < 1 or options.temperature < 0 or (options.top_k or 1) < 1:
         raise Refusal("--length and --top-k must be at least 1, --temperature must not be negative")
     model, vocabulary = load_model(options.checkpoint, device, options.tokenizer_file)
@@ -534,7 +535,7 @@ def print_reading(rows, settings):
 
 # %% The command line
 def make_parser():
-    parser = argparse.ArgumentParser(description="05: train, evaluate and sample language models (4 minutes)")
+    parser = argparse.ArgumentParser(usage="%(prog)s [options]; --help lists them", description="05: language models (2 minutes)")
     run = parser.add_argument_group("what to run")
     run.add_argument("--data", nargs="+", help="files or folders in the Pile's format (default: Python's own library)")
     run.add_argument("--preset", choices=PRESETS, default="laptop", help="defaults of the settings (%(default)s)")
@@ -643,10 +644,9 @@ def report(rows, logs, settings, out, figure, source):
     """Tables, reading, figure, the rows as JSON lines, the checks."""
     print_tables(rows, settings)
     print_reading(rows, settings)
-    path = out / "results.jsonl"
-    pile_data.write_atomically(path, "".join(json.dumps(source | row) + "\n" for row in rows).encode())
+    pile_data.write_atomically(out / "results.jsonl", "".join(json.dumps(source | row) + "\n" for row in rows).encode())
     draw(rows, logs, settings, figure)
-    print(f"rows: {path}\n")
+    print(f"rows: {out / 'results.jsonl'}\n")
     return kernels.run_checks(CHECKS)
 
 
@@ -655,7 +655,7 @@ def run(options, argv):
     if options.decode_cost:
         return print_decoding(options.mixers)
     place = find_place(options.device)
-    if options.sample is not None or options.document or options.save_state:
+    if options.sample is not None or options.document or options.save_state or options.load_state:
         return sample_command(options, place.device)
     given = {item.name: getattr(options, item.name) for item in fields(Settings)}
     settings = Settings(**PRESETS[options.preset] | {name: value for name, value in given.items() if value is not None})

@@ -344,6 +344,7 @@ def test_train_sample_and_save_a_state_from_the_command_line(trained, tmp_path, 
     (["--mixers", "mamba2"], "invalid choice"),
     (["--device", "cuda:99"], "--device"), (["--device", "gpu"], "--device"),
     (["--sample", "x", "--checkpoint", "nowhere.pt"], "no such checkpoint"),
+    (["--load-state", "x.pt"], "--sample PROMPT"), (["--document", "one.jsonl"], "--sample PROMPT"),
     (["--sample", "x", "--temperature", "-1"], "--temperature"), (["--sample", "x", "--length", "0"], "--length"),
     (["--tokenizer", "gpt2", "--tokenizer-file", "one.jsonl"], "no tokenizer.json"), (["--seed", "-1"], "--seed"),
 ])
