@@ -6,31 +6,30 @@ You will learn
   1. what lies between a file and its texts: layouts that differ, broken lines, files that end too early;
   2. a split that stays where it is: a hash of the document itself decides;
   3. how to write so that a kill at any moment leaves the old file or the new one;
-  4. a shuffle without a list: the n-th sequence of a run is a function of n.
+  4. a shuffle without a list: the n-th sequence of a run is a function of n;
+  5. which tokens a model could copy from the context: what perplexity over all tokens hides.
 
 Equations
   validation       a document is in it if sha256(document) / 2^256 < share
   order            of N sequences the i-th visited is (a·i + b) mod N, a and N coprime
+  AR tokens        those that recall could predict: x_t, or (x_{t−1}, x_t), occurred earlier in the context  [P, Z]
   bits per byte    8 · len(zlib(text)) / len(text): what looking up repetitions achieves, the mark for a model
 
 Letters: T the length of a training sequence, N the sequences of one pass, V the size of the vocabulary.
 
-References: [G] Gao et al., The Pile, arXiv 2101.00027; RFC 8878, Zstandard, section 3: frames.
+References: [P] as in 01, Table 2; [Z] Arora et al., Zoology, arXiv 2312.04927; [G] Gao et al., The Pile, arXiv 2101.00027.
 
 Run: python 05_pile_data.py                    (5 seconds, nothing to download)
      python 05_pile_data.py --data FOLDER      (.jsonl, .jsonl.zst, .jsonl.gz; 05_train_pile.py finds the tokens)
 """
 # %%
 import argparse
-import builtins
 import gzip
 import hashlib
 import json
 import math
 import os
 import platform
-import pydoc
-import re
 import sys
 import sysconfig
 import time
@@ -39,7 +38,6 @@ from collections import Counter
 from contextlib import ExitStack
 from importlib import import_module
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -50,7 +48,18 @@ kernels = import_module("01_kernels")
 
 
 class Refusal(Exception):
-    """What the user can mend. `main` prints it as one line and exits with status 2."""
+    """What the user can mend, told in one line by `obey`."""
+
+
+def obey(parser, command, after_a_stop):
+    """command(), with one line and status 2 instead of a stack trace for what the user can mend."""
+    try:
+        return command()
+    except (Refusal, OSError, UnicodeError) as error:
+        named = f"cannot use {error.filename}: {error.strerror}" if getattr(error, "filename", None) else error
+        parser.exit(2, f"error: {named}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, f"\nstopped; {after_a_stop}\n")
 
 
 def optional(name, purpose):
@@ -211,6 +220,21 @@ def read_documents(paths, problems=None):
         yield text, subset
 
 # %% Files that are whole or not there
+def claim(folder):
+    """A lock on a folder, made if missing, until the file returned is closed or the process dies. Raises Refusal."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / "lock", "w")
+    try:
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # Windows has no such lock and goes without
+        pass
+    except BlockingIOError:
+        file.close()
+        raise Refusal(f"another run is writing to {folder}; wait for it or choose another folder") from None
+    return file
+
+
 def write_atomically(path, data):
     """Write bytes under another name, flush them to the disk, then rename: whoever looks sees the old or the new."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -227,11 +251,11 @@ def write_atomically(path, data):
         raise Refusal(f"cannot write {path}: {error.strerror}{kept}") from None
 
 # %% Text that comes with every Python
-# Without --data: the standard library's sources and the help texts built into the interpreter, written down once in
-# the Pile's format, with subsets. Files of more than 16 KB stay out, so that a short validation has many documents.
-# Another Python version has other text: compare numbers within one version only.
+# Without --data: the standard library's sources and the texts of its help(), written down once in the Pile's format,
+# with subsets. Files of more than 16 KB stay out, so that a short validation has many documents. Another version of
+# Python has other text: compare numbers within one version.
 def library_documents():
-    """Yields (text, subset): Library and Tests from source files, Help from the interpreter."""
+    """Yields (text, subset): Library and Tests from source files, Help from what help("if") and the like show."""
     from pydoc_data.topics import topics
 
     root = Path(sysconfig.get_paths()["stdlib"])
@@ -245,16 +269,13 @@ def library_documents():
             continue
     for text in topics.values():
         yield text, "Help"
-    for name in sorted(name for name in dir(builtins) if callable(getattr(builtins, name))):
-        text = pydoc.plain(pydoc.render_doc(getattr(builtins, name)))
-        yield re.sub(r" at 0x[0-9a-fA-F]+", "", text), "Help"
 
 
 def write_library(path):
     """Write those documents to a .jsonl file, in an order that only their content decides."""
     found = {hashlib.sha256(text.encode()).digest(): (text, name) for text, name in library_documents() if text}
-    rows = [json.dumps({"text": text, "meta": {"pile_set_name": name}}) for _, (text, name) in sorted(found.items())]
-    write_atomically(path, "\n".join(rows).encode() + b"\n")
+    rows = (json.dumps({"text": text, "meta": {"pile_set_name": name}}) for _, (text, name) in sorted(found.items()))
+    write_atomically(path, "\n".join([*rows, ""]).encode())
 
 # %% Vocabularies
 # Bytes need no file and no training, and their loss is bits per byte but for a factor. Byte 0 ends a document; what
@@ -277,33 +298,28 @@ class BPE:
     """gpt2 through tiktoken or gpt-neox through tokenizers; either one from a local tokenizer.json."""
 
     def __init__(self, name, file=None):
-        self.name = name
+        self.name, local = name, file or name == "gpt-neox"
+        library = optional("tokenizers" if local else "tiktoken", f"tokenizer {name}")
         try:
-            if file or name == "gpt-neox":
-                size = self.use_tokenizers(file)
-            else:
-                size = self.use_tiktoken()
-        except Refusal:
-            raise
+            size = self.use_tokenizers(library, file) if local else self.use_tiktoken(library)
         except Exception as error:  # these libraries raise whatever their network layer or parser raises
             how = "is no tokenizer.json" if file else "without network: give --tokenizer-file tokenizer.json"
             raise Refusal(f"cannot load tokenizer {name}, {file or ''} {how} ({type(error).__name__})") from None
+        if self.separator is None:
+            raise Refusal(f"{file}: this tokenizer has no <|endoftext|>")
         self.size = -(-size // 8) * 8
 
-    def use_tokenizers(self, file):
-        tokenizers = optional("tokenizers", f"tokenizer {self.name}")
-        codec = tokenizers.Tokenizer
-        codec = codec.from_file(str(file)) if file else codec.from_pretrained("EleutherAI/gpt-neox-20b")
+    def use_tokenizers(self, library, file):
+        load = library.Tokenizer
+        codec = load.from_file(str(file)) if file else load.from_pretrained("EleutherAI/gpt-neox-20b")
         codec.encode_special_tokens = True  # "<|endoftext|>" inside a text is text
         self.to_ids = lambda text: codec.encode(text, add_special_tokens=False).ids
         self.decode = lambda ids: codec.decode(list(ids), skip_special_tokens=False)
         self.separator = codec.token_to_id("<|endoftext|>")
-        if self.separator is None:
-            raise Refusal(f"{file}: this tokenizer has no <|endoftext|>")
         return codec.get_vocab_size()
 
-    def use_tiktoken(self):
-        codec = optional("tiktoken", f"tokenizer {self.name}").get_encoding("gpt2")
+    def use_tiktoken(self, library):
+        codec = library.get_encoding("gpt2")
         self.to_ids, self.decode, self.separator = codec.encode_ordinary, codec.decode, codec.eot_token
         return codec.n_vocab
 
@@ -333,7 +349,7 @@ COMMIT = 32 * 2**20  # bytes of text between two states of the manifest
 
 
 class Tokens(NamedTuple):
-    """Tokenised data: two memory maps of tokens, the rows of the validation documents, the names of subsets."""
+    """Tokenised data: memory maps of tokens and the rows of the validation documents."""
 
     manifest: dict
     train: np.ndarray
@@ -351,26 +367,33 @@ def is_validation(text, share):
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") < share * 2**64
 
 
-def prepare_tokens(folder, files, vocabulary, valid_share, main=True):
-    """The Tokens of these files in `folder`: made, completed or, if they fit, reused. Raises Refusal if they do not.
+def load_data(paths, vocabulary, valid_share, folder=None, main=True):
+    """The Tokens of these files and folders, of Python's own text if there are none: made, completed or reused.
 
-    Under torchrun only the main process writes; the others wait for it.
+    Under torchrun only the main process writes; the others wait for it. Raises Refusal.
     """
-    wanted = {"format": 1, "tokenizer": identity(vocabulary), "valid_share": valid_share,
+    if not 0 < valid_share < 1:
+        raise Refusal(f"--valid-share must lie between 0 and 1, got {valid_share}")
+    library = Path("runs") / f"python-{platform.python_version()}.jsonl"
+    while not paths and not library.exists():
+        write_library(library) if main else time.sleep(0.5)
+    files = find_files(paths or [library])
+    wanted = {"format": 1, "tokenizer": identity(vocabulary), "valid share": valid_share,
               "sources": [[str(path), path.stat().st_size] for path in files]}
-    path = folder / "manifest.json"
-    while True:
-        manifest = read_manifest(path, wanted)
-        if manifest.get("complete"):
-            return open_tokens(folder, manifest, vocabulary)
+    key = hashlib.sha256(json.dumps(wanted).encode()).hexdigest()[:8]
+    folder = folder or Path("runs") / f"tokens-{vocabulary.name}-{key}"
+    while not (manifest := read_manifest(folder, wanted))["complete"]:
         if main:
-            write_tokens(folder, manifest, files, vocabulary)
+            with claim(folder):  # and look again: whoever held it may have done the work
+                write_tokens(folder, read_manifest(folder, wanted), files, vocabulary)
         else:
             time.sleep(0.5)
+    return open_tokens(folder, manifest, vocabulary)
 
 
-def read_manifest(path, wanted):
-    """The manifest at `path`, a fresh one if there is none; Refusal if it was made from or with something else."""
+def read_manifest(folder, wanted):
+    """The manifest of a folder, a fresh one if there is none; Refusal if it was made from or with something else."""
+    path = folder / "manifest.json"
     if not path.exists():
         return wanted | {"complete": False, "at": [0, 0], "sizes": dict.fromkeys(PARTS, 0), "names": [],
                          "subsets": {"train": {}, "valid": {}}, "zero_bytes": 0, "problems": {}}
@@ -380,24 +403,20 @@ def read_manifest(path, wanted):
     except (ValueError, KeyError, TypeError):
         raise Refusal(f"{path}: not a manifest of this program; choose another --tokens folder") from None
     if differs:
-        old, new = (m["tokenizer"]["name"] if differs[0] == "tokenizer" else m[differs[0]] for m in (manifest, wanted))
-        about = "" if differs[0] == "sources" else f" ({old}, now {new})"
-        raise Refusal(f"{path.parent} was made with other {differs[0].replace('_', ' ')}{about}; "
-                      "choose another --tokens folder or delete it")
+        raise Refusal(f"{folder} was made with other {differs[0]}; choose another --tokens folder or delete it")
     return manifest
 
 
 def write_tokens(folder, manifest, files, vocabulary):
     """Tokenise what the manifest does not have yet."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as stack, tqdm(total=sum(size for _, size in manifest["sources"]), unit="B", unit_scale=True,
-                                    desc="tokenise") as bar:
+    sizes = [size for _, size in manifest["sources"]]
+    with ExitStack() as stack, tqdm(total=sum(sizes), unit="B", unit_scale=True, desc="tokenise") as bar:
         parts = {name: stack.enter_context(open(folder / name, "ab")) for name in PARTS}
         for name, file in parts.items():
             file.truncate(manifest["sizes"][name])
             file.seek(0, os.SEEK_END)
         problems, since = Problems(manifest["problems"], parts["problems.txt"]), 0
-        bar.update(sum(size for _, size in manifest["sources"][: manifest["at"][0]]))
+        bar.update(sum(sizes[: manifest["at"][0]]))
         for place, text, subset in documents(files, problems, manifest["at"], bar.update):
             since += add_document(manifest, parts, text, subset, vocabulary)
             if since > COMMIT:
@@ -405,15 +424,13 @@ def write_tokens(folder, manifest, files, vocabulary):
                 since = 0
         if not sum(row["documents"] for split in manifest["subsets"].values() for row in split.values()):
             raise Refusal(f"not one document in {', '.join(map(str, files[:3]))}{' ...' if files[3:] else ''}")
-        done = {"complete": True, "at": [len(files), 0], "problems": problems.counts}
-        commit(folder, manifest | done, parts)
+        commit(folder, manifest | {"complete": True, "at": [len(files), 0], "problems": problems.counts}, parts)
 
 
 def add_document(manifest, parts, text, subset, vocabulary):
     """Append one document, its separator, its row and its counts; returns its bytes."""
-    split = "valid" if is_validation(text, manifest["valid_share"]) else "train"
-    ids, num_bytes, zeros = vocabulary.encode(text)
-    dtype = token_type(vocabulary.size)
+    split = "valid" if is_validation(text, manifest["valid share"]) else "train"
+    (ids, num_bytes, zeros), dtype = vocabulary.encode(text), token_type(vocabulary.size)
     if subset not in manifest["names"]:
         manifest["names"].append(subset)
     start = parts[f"{split}.bin"].tell() // dtype.itemsize
@@ -448,21 +465,6 @@ def open_tokens(folder, manifest, vocabulary):
     docs = load("valid.docs", np.dtype(np.int64)).reshape(-1, 4)
     return Tokens(manifest, load("train.bin", dtype), load("valid.bin", dtype), docs, vocabulary)
 
-def load_data(paths, vocabulary, valid_share, folder=None, main=True):
-    """The Tokens of these files and folders, of Python's own text if there are none. Raises Refusal."""
-    if not 0 < valid_share < 1:
-        raise Refusal(f"--valid-share must lie between 0 and 1, got {valid_share}")
-    files = find_files(paths or [])
-    if not files:
-        files = [Path("runs") / f"python-{platform.python_version()}.jsonl"]
-        if main and not files[0].exists():
-            write_library(files[0])
-        while not files[0].exists():
-            time.sleep(0.5)
-    key = json.dumps([[[str(f), f.stat().st_size] for f in files], identity(vocabulary), valid_share])
-    folder = folder or Path("runs") / f"tokens-{vocabulary.name}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
-    return prepare_tokens(folder, files, vocabulary, valid_share, main)
-
 # %% The order of the data: a rule instead of a shuffled list
 # A pass over N sequences visits (a·i + b) mod N for i = 0, 1, ...: with a and N coprime each once, and neighbours in
 # a batch are far apart in the files. a is near N/golden ratio, b and where the cuts fall change with the pass. So the
@@ -481,13 +483,49 @@ def sequence_start(n, num_tokens, T, seed):
 
 
 def training_batch(tokens, settings, step, rank=0, world=1):
-    """The share of process `rank` in the batch of `step`: (sequences, T + 1) int64, inputs and their next tokens.
+    """The micro-batches of process `rank` in the batch of `step`: tensors (micro_batch, T + 1) int64, the last may be short.
 
-    settings: batch_tokens, seq_len, seed.
+    The batch is cut before it is shared: a micro-batch is the same whatever `world`, which must divide their number.
     """
-    G, T = settings.batch_tokens // settings.seq_len, settings.seq_len
-    starts = [sequence_start(step * G + i, len(tokens), T, settings.seed) for i in range(rank, G, world)]
-    return torch.from_numpy(np.stack([tokens[start : start + T + 1] for start in starts]).astype(np.int64))
+    G, T, size = settings.batch_tokens // settings.seq_len, settings.seq_len, settings.micro_batch
+    share = math.ceil(G / size) // world * size
+    mine = range(step * G + rank * share, step * G + min(G, (rank + 1) * share))
+    starts = [sequence_start(n, len(tokens), T, settings.seed) for n in mine]
+    return torch.from_numpy(np.stack([tokens[start : start + T + 1] for start in starts]).astype(np.int64)).split(size)
+
+# %% Which tokens could be recalled
+# Perplexity over all tokens mixes two abilities: knowing the language, and looking up what the context has said. The
+# second is what linear attention is short of. The paper reports both, but its code for the slices is unpublished [P
+# Table 2], so here are three definitions, and the share of tokens is always printed beside the number:
+#   token    x_t occurred earlier in the context                    (nearly every byte has: this is made for words)
+#   bigram   (x_{t-1}, x_t) did, so a copy head could know x_t      [Z]
+#   rare     and that bigram is rare in training, so knowing the language does not help     [Z: at most 1,250 times]
+DEFINITIONS = ("token", "bigram", "rare")
+RARE, COUNTED = 1250, 50_000_000  # the cap; how many training tokens are counted, from the beginning
+
+
+def bigram_keys(tokens):
+    """tokens (n,) -> (n − 1,), one number for each pair of neighbours."""
+    tokens = tokens.astype(np.int64)
+    return tokens[:-1] * 2**32 + tokens[1:]
+
+
+def common_bigrams(tokens):
+    """The keys of those that occur more than RARE times in the first COUNTED tokens."""
+    keys, counts = np.unique(bigram_keys(tokens[:COUNTED]), return_counts=True)
+    return keys[counts > RARE]
+
+
+def recall_mask(tokens, definition="bigram", common=()):
+    """tokens (B, n), each row a context -> bool (B, n): which are AR tokens. common: for "rare"."""
+    mask = np.zeros(tokens.shape, dtype=bool)
+    for row, context in zip(mask, tokens, strict=True):
+        row, keys = (row, context) if definition == "token" else (row[1:], bigram_keys(context))
+        row[:] = True
+        row[np.unique(keys, return_index=True)[1]] = False  # where a value occurs for the first time
+        if definition == "rare":
+            row &= ~np.isin(keys, common)
+    return mask
 
 # %% What the files hold
 def zlib_bits(data, subset):
@@ -507,44 +545,32 @@ def print_table(data):
         rate = (train["bytes"] + valid["bytes"]) / (train["tokens"] + valid["tokens"])
         print(f"{name[:23]:24}{train['documents']:10,}{train['bytes']:14,}{valid['documents']:12,}{valid['bytes']:12,}"
               f"{rate:10.2f}{bits[i]:12.3f}")
-    lost = [f"{count:,} × {reason}" for reason, count in data.manifest["problems"].items()]
-    zeros = data.manifest["zero_bytes"]
-    print(f"not used: {', '.join([*lost, *([f'{zeros:,} zero bytes'] if zeros else [])]) or 'nothing'}\n")
+    zeros = {"zero bytes": data.manifest["zero_bytes"]} if data.manifest["zero_bytes"] else {}
+    lost = [f"{count:,} × {reason}" for reason, count in (data.manifest["problems"] | zeros).items()]
+    print(f"not used: {', '.join(lost) or 'nothing'}\n")
     return bits
 
 # %% Claims
-def check_unusable_lines_are_named():
-    """A broken line is a reason, never a document and never the end of the file."""
-    stream = [b'{"text": "a"}\n{"te', b'xt": 1}\n\xff\n{"contents": "b", "metadata": "{\\"pile_set_name\\": \\"C\\"}"}']
-    found = []
-    for number, line in lines(stream):
-        try:
-            found.append((number, *parse(line)))
-        except ValueError as error:
-            found.append((number, str(error)))
-    assert found == [(1, "a", "unknown"), (2, "the text is no string"), (3, "invalid UTF-8"), (4, "b", "C")], found
-
-
-def check_the_split_is_a_share():
-    """Of 10,000 documents about the share is validation; a larger share keeps those and adds others."""
-    small, large = ({i for i in range(10_000) if is_validation(f"document {i}", share)} for share in (0.05, 0.1))
-    assert small < large and abs(len(small) - 500) < 5 * math.sqrt(500), (len(small), len(large))
-
-
 def check_a_pass_visits_every_sequence_once():
-    """Sequences of one pass do not overlap, and two processes together have the batch of one."""
-    tokens, T = np.arange(10_000) % 251, 64
-    N = len(tokens) // T - 1
+    """Sequences of one pass do not overlap."""
     for epoch in range(3):
-        starts = sorted(sequence_start(n, len(tokens), T, seed=3) for n in range(epoch * N, (epoch + 1) * N))
-        assert starts == [starts[0] + T * i for i in range(N)] and starts[-1] + T < len(tokens)
-    settings = SimpleNamespace(seq_len=T, batch_tokens=8 * T, seed=0)
-    whole = training_batch(tokens, settings, 5)
-    for rank in range(2):
-        assert torch.equal(training_batch(tokens, settings, 5, rank, 2), whole[rank::2])
+        starts = sorted(sequence_start(n, 10_000, 64, seed=3) for n in range(epoch * 155, (epoch + 1) * 155))
+        assert starts == [starts[0] + 64 * i for i in range(155)] and starts[-1] + 64 < 10_000
 
 
-CHECKS = [check_unusable_lines_are_named, check_the_split_is_a_share, check_a_pass_visits_every_sequence_once]
+def check_masks_equal_a_slow_count():
+    """The three masks against the definition, token by token."""
+    tokens, common = np.random.default_rng(0).integers(0, 5, (3, 40)), [2 * 2**32 + 3]  # (2, 3) is not rare
+    for i, x in enumerate(tokens.tolist()):
+        pairs = list(zip(x, x[1:], strict=False))
+        slow = {"token": [x[t] in x[:t] for t in range(40)],
+                "bigram": [t > 0 and pairs[t - 1] in pairs[: t - 1] for t in range(40)]}
+        slow["rare"] = [is_ar and pairs[t - 1] != (2, 3) for t, is_ar in enumerate(slow["bigram"])]
+        for name in DEFINITIONS:
+            assert recall_mask(tokens, name, common)[i].tolist() == slow[name], name
+
+
+CHECKS = [check_a_pass_visits_every_sequence_once, check_masks_equal_a_slow_count]
 
 
 def main(argv=None):
@@ -556,17 +582,16 @@ def main(argv=None):
     parser.add_argument("--tokenizer-file", type=Path, help="a local tokenizer.json")
     parser.add_argument("--valid-share", type=float, default=0.05, help="share of the documents kept (%(default)s)")
     options = kernels.parse_arguments(parser, argv)
-    try:
-        vocabulary = make_vocabulary(options.tokenizer, options.tokenizer_file)
-        data = load_data(options.data, vocabulary, options.valid_share, options.tokens)
-    except (Refusal, OSError, UnicodeError) as error:
-        parser.exit(2, f"error: {error}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, "\nstopped; the same command goes on from there\n")
-    bits = [rate for rate in print_table(data) if rate == rate]
-    print(f"{len(data.valid_docs):,} documents are validation and stay so, whatever files come beside them. zlib, which knows")
-    print(f"nothing but repetitions in the last 32 KB, needs {min(bits, default=0):.2f} to {max(bits, default=0):.2f} bits "
-          "a byte for them: the mark for a trained model.\n")
+    return obey(parser, lambda: show(options), "the same command goes on from there")
+
+
+def show(options):
+    """The table and its reading."""
+    vocabulary = make_vocabulary(options.tokenizer, options.tokenizer_file)
+    data = load_data(options.data, vocabulary, options.valid_share, options.tokens)
+    bits = [rate for rate in print_table(data) if rate == rate] or [math.nan]
+    print(f"{len(data.valid_docs):,} documents are validation and stay so, whatever files come beside them. zlib, which knows\n"
+          f"only repetitions in the last 32 KB, needs {min(bits):.2f} to {max(bits):.2f} bits a byte: the mark for a model.\n")
     return kernels.run_checks(CHECKS)
 
 

@@ -46,7 +46,7 @@ def make_data(folder, number=60):
 
 
 def tokens_of(folder, files, valid_share=0.2):
-    return data_file.prepare_tokens(folder / "tokens", data_file.find_files(files), data_file.Bytes(), valid_share)
+    return data_file.load_data(files, data_file.Bytes(), valid_share, folder / "tokens")
 
 
 # Reading ------------------------------------------------------------------------------------------------------------
@@ -162,6 +162,12 @@ def test_a_line_of_200_mb_is_passed_over_without_being_held(tmp_path):
 
 
 # The token store ----------------------------------------------------------------------------------------------------
+def test_a_folder_has_one_writer(tmp_path):
+    with data_file.claim(tmp_path / "tokens"), pytest.raises(data_file.Refusal, match="another run is writing to"):
+        tokens_of(tmp_path, [make_data(tmp_path)])
+    assert tokens_of(tmp_path, [tmp_path / "data.jsonl"]).manifest["complete"]
+
+
 def test_tokens_documents_and_subsets_are_counted(tmp_path):
     data = tokens_of(tmp_path, [make_data(tmp_path)])
     texts, total = make_texts(), {}
@@ -236,8 +242,8 @@ def test_tokens_are_reused_if_they_fit_and_refused_if_not(tmp_path):
         tokens_of(tmp_path, [write(tmp_path / "other.jsonl", [{"text": "x"}])])
     other = data_file.Bytes()
     other.name = "gpt2"
-    with pytest.raises(data_file.Refusal, match=r"other tokenizer \(bytes, now gpt2\)"):
-        data_file.prepare_tokens(tmp_path / "tokens", [path], other, 0.2)
+    with pytest.raises(data_file.Refusal, match="other tokenizer"):
+        data_file.load_data([path], other, 0.2, tmp_path / "tokens")
     (tmp_path / "tokens" / "train.bin").write_bytes(b"short")
     with pytest.raises(data_file.Refusal, match="does not have the"):
         tokens_of(tmp_path, [path])
@@ -260,7 +266,7 @@ def test_a_local_tokenizer_file_serves_as_gpt_neox(tmp_path):
     ids, num_bytes, zeros = vocabulary.encode(text)
     assert vocabulary.decode(ids.tolist()) == text and num_bytes == len(text.encode()) and zeros == 0
     assert vocabulary.separator not in ids and vocabulary.size == 304 and vocabulary.separator == 0
-    data = data_file.prepare_tokens(tmp_path / "tokens", [make_data(tmp_path)], vocabulary, 0.2)
+    data = data_file.load_data([make_data(tmp_path)], vocabulary, 0.2, tmp_path / "tokens")
     rows = [row for split in data.manifest["subsets"].values() for row in split.values()]
     assert sum(row["bytes"] for row in rows) == sum(len(text.encode()) for text in make_texts())
     assert sum(row["tokens"] for row in rows) < 0.8 * sum(row["bytes"] for row in rows)
@@ -290,14 +296,26 @@ def test_the_library_is_the_same_text_in_every_process(tmp_path):
 
 
 # The order of the data ----------------------------------------------------------------------------------------------
-def test_batches_do_not_depend_on_the_number_of_processes():
-    tokens, chosen = np.arange(5000) % 251, SimpleNamespace(seq_len=32, batch_tokens=32 * 8, seed=0)
+@pytest.mark.parametrize("micro_batch, parts", [(1, 8), (2, 4), (8, 1), (16, 1), (5, 2)])
+def test_micro_batches_do_not_depend_on_the_number_of_processes(micro_batch, parts):
+    tokens, chosen = np.arange(5000) % 251, SimpleNamespace(seq_len=32, batch_tokens=32 * 8, seed=0, micro_batch=micro_batch)
     for step in (0, 7, 100):
         whole = data_file.training_batch(tokens, chosen, step)
-        assert whole.shape == (8, 33) and torch.equal(whole[:, 1:] - whole[:, :-1] == 1, whole[:, 1:] != 0)
-        for world in (2, 4, 8):
-            shares = [data_file.training_batch(tokens, chosen, step, rank, world) for rank in range(world)]
-            assert all(torch.equal(share, whole[rank::world]) for rank, share in enumerate(shares))
+        rows = torch.cat(whole)
+        assert len(whole) == parts and rows.shape == (8, 33) and torch.equal(rows[:, 1:] - rows[:, :-1] == 1, rows[:, 1:] != 0)
+        for world in [world for world in (2, 4, 8) if parts % world == 0]:
+            shares = [part for rank in range(world) for part in data_file.training_batch(tokens, chosen, step, rank, world)]
+            assert all(torch.equal(a, b) for a, b in zip(shares, whole, strict=True))
+
+
+def test_rare_depends_on_the_counts_of_training():
+    tokens = np.array([[1, 2, 3, 1, 2, 3, 2, 3]])
+    common = data_file.common_bigrams(np.array([1, 2] * 1251))
+    assert data_file.recall_mask(tokens, "bigram").tolist() == [[False] * 4 + [True, True, False, True]]
+    assert data_file.recall_mask(tokens, "rare", common).tolist() == [[False] * 5 + [True, False, True]]
+    few = data_file.common_bigrams(np.array([1, 2] * 1250))
+    assert data_file.recall_mask(tokens, "rare", few).tolist() == data_file.recall_mask(tokens, "bigram").tolist()
+    assert data_file.recall_mask(tokens, "token").tolist() == [[False] * 3 + [True] * 5]
 
 
 @pytest.mark.parametrize("num_tokens", [96, 128, 1000, 4096, 33_333])
@@ -321,7 +339,7 @@ def test_the_table_counts_what_the_files_hold(tmp_path, capsys):
     rows = {line[:24].strip(): line[24:].split() for line in shown.splitlines()[2:6]}
     assert list(rows) == ["Github", "ArXiv", "Wikipedia (en)", "unknown"]
     assert all(int(row[0]) + int(row[2]) == 20 for row in list(rows.values())[:3])
-    assert "not used: 1 × not JSON, 3 zero bytes" in shown and f"checks: {len(data_file.CHECKS)} passed, 0 failed" in shown
+    assert "not used: 1 × not JSON, 3 × zero bytes" in shown and f"checks: {len(data_file.CHECKS)} passed, 0 failed" in shown
 
 
 @pytest.mark.parametrize("arguments, message", [
