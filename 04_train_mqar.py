@@ -50,7 +50,7 @@ LEARNING_RATES = {  # what the search of --preset ladder chose, on seeds that ar
     "rebased": 0.01,
     "based": 0.003,
     "based_no_floor": 0.003,
-    "rebased_floor": 0.02,
+    "rebased_floor": 0.003,
 }
 
 
