@@ -18,7 +18,8 @@ Equations
 Letters: B batch, H heads, T time, D query/key dimension, Dv value dimension, P features after φ, C chunk length,
   N = B·H (in 01: the number of queries); S the state (B, H, P, Dv), z its normaliser (B, H, P); num, den the two sums
   whose quotient is o; w = sim, u its root before squaring; do the gradient of o, δ = do·o; R the state of the backward
-  pass; V the width of v with its column of ones, a multiple of 8 (in 03: the vocabulary); c one chunk's length, <= C.
+  pass; V the width of v with its column of ones, a multiple of 8 (in 03: the vocabulary); c one chunk's length, <= C;
+  G chunks make a group: their G·N heads and chunks are the rows of one product.
   q, k are prepared and split: `kernel.prepare` of 01 first, then (B, T, H·D) -> (B, H, T, D).
 
 References: [P], [K] as in 01; chunks: Hua et al., Transformer Quality in Linear Time, ICML 2022, arXiv 2202.10447.
@@ -217,7 +218,7 @@ class ChunkFeatures:
         if self.turns:
             self.back = torch.cat([one.roll(turn, 0) for turn in range(self.turns)], 1).expand(rows, -1, -1)
         self.P = count_features(coefficients, D)
-        self.room = q.new_empty(rows, self.before + self.turns * D, C)  # its last turn has D rows, of which P may count only half
+        self.room = q.new_empty(rows, self.before + self.turns * D, C)  # of the last turn P counts half if D is even
         self.room[:, : bool(c0)] = math.sqrt(c0)
 
     def products(self, room):
@@ -304,7 +305,7 @@ def add_product(S, A, B):
 # With num = Σ w v and den = Σ w, the gradients of the two are do/den and −δ/den, δ = do·o: side by side they are
 # the gradient of one product with [v, 1]. What S was to the forward sweep, R = Σ_i φ(q_i) [do_i, −δ_i]ᵀ/den_i over
 # *later* i is to this one; it is built up anew, never by subtracting from a total, which would leave rounding errors.
-def backward_sweep(q, k, v, o, inverse, past, R, do, grads, started, coefficients, C, G):
+def backward_sweep(q, k, v, o, inverse, past, R, do, grads, coefficients, C, G):
     """The mirror of `forward_sweep`: writes dq, dk, dv = grads; R (N, P, V), the gradient of the final state,
     overwritten, or None -> the gradient of the initial state. past: as there, None if there is one chunk and no state."""
     N, Dv, weight = len(q), v.shape[-1], complete_square(coefficients, q.shape[-1])
@@ -389,7 +390,7 @@ class ChunkedAttention(torch.autograd.Function):
                 R = None if dS is None else dS[g].clone()
             before = None if past is None else past[times.start // C :, g][: (times.stop - times.start) // c]
             inputs = (x[g, times] for x in (q, k, v, o, inverse))
-            R = backward_sweep(*inputs, before, R, do[g, times], [x[g, times] for x in grads], started, coefficients, c, G)
+            R = backward_sweep(*inputs, before, R, do[g, times], [x[g, times] for x in grads], coefficients, c, G)
             first += [R] if times.start == 0 else []
         return *grads, torch.cat(first[::-1]) if started else None, None, None, None
 
@@ -546,7 +547,7 @@ def predicted_cost(form, T, D=16, Dv=64, P=136):
     if form == "recurrent":
         return 4 * T * P * Dv, 4 * 5 * T * P * Dv, 4 * P * Dv, 25 * T
     C = best_chunk(1, T, D, Dv + 8, P)
-    return T * (4 * P * Dv + 2 * C * (D + Dv)), 8 * T * (D + Dv) + 8 * P * Dv * T // C, 4 * T * Dv, 25 * T // C
+    return T * (4 * P * Dv + 2 * C * (D + Dv)), 8 * T * (D + Dv) + 8 * P * Dv * T // C, 4 * T * Dv, 20 * T // C
 
 
 def machine_speed():
