@@ -18,7 +18,8 @@ Equations
 Letters: B batch, H heads, T time, D query/key dimension, Dv value dimension, P features after φ, C chunk length,
   N = B·H (in 01: the number of queries); S the state (B, H, P, Dv), z its normaliser (B, H, P); num, den the two sums
   whose quotient is o; w = sim, u its root before squaring; do the gradient of o, δ = do·o; R the state of the backward
-  pass; V the width of v with its column of ones, a multiple of 16 (in 03: the vocabulary); c one chunk's length, <= C.
+  pass; V the width of v with its column of ones, a multiple of 8 (in 03: the vocabulary); c one chunk's length, <= C;
+  G chunks make a group: their G·N heads and chunks are the rows of one product.
   q, k are prepared and split: `kernel.prepare` of 01 first, then (B, T, H·D) -> (B, H, T, D).
 
 References: [P], [K] as in 01; chunks: Hua et al., Transformer Quality in Linear Time, ICML 2022, arXiv 2202.10447.
@@ -159,12 +160,13 @@ def recurrent_attention(q, k, v, kernel, state=None, return_state=False):
 
 # %% 4. Chunked: quadratic where that is cheap, a state for the rest
 # Cut T into chunks of C. Inside a chunk the quadratic form is one good matrix product; all earlier chunks come in
-# through S. Prefixes are written out T/C times instead of T, and all work is matrix products. Two ideas keep it short:
+# through S. Prefixes are written out T/C times instead of T, and all work is matrix products. Three ideas keep it short:
 #
 # - A column of ones appended to v makes num and den one product, and z one more column of S. (BLAS likes widths
-#   that are multiples of 16: the column is repeated to the next one.)
+#   that are multiples of 8: the column is repeated to the next one.)
 # - A similarity that is no polynomial of s (elu, element-wise) is the *linear* polynomial of its features:
 #   sim = φ(q)·φ(k). So one routine serves every kernel; it knows (c0, c1, c2) and nothing else.
+# - Only S runs from chunk to chunk. The rest of G chunks is done at once, stacked on the heads: G·N rows.
 class Weight(NamedTuple):
     """sim = u² + floor with u = scale·(q·k) + shift; without c2, sim = u."""
 
@@ -183,7 +185,7 @@ def complete_square(coefficients, D):
 
 
 def inner(q, k, weight, out):
-    """u = scale·(q·k) + shift where j <= i, else 0: q, k (N, c, D) -> out (N, c, c)."""
+    """u = scale·(q·k) + shift where j <= i, else 0: q, k (rows, C, D) -> out (rows, C, C)."""
     shift = q.new_full((1, 1, 1), weight.shift)
     return torch.baddbmm(shift, q, k.mT, beta=1 if weight.shift else 0, alpha=weight.scale, out=out).tril_()
 
@@ -193,147 +195,64 @@ def weigh(u, weight):
     u = u.square_() if weight.square else u
     return u.add_(weight.floor).tril_() if weight.floor else u
 
-# %% Features, laid out for a chunk
-# The features of 01 in the same order, but with time as the last dimension, (N, P, C): each rotation of x is then a
-# run of rows, and all products are one multiplication along memory. On a CPU that takes a tenth of the time of the row
-# layout, a fifth of the matrix product that reads it; so the backward pass computes features again. Storing them for
-# autograd, 136 numbers a token where q has 16, is what makes long sequences slow.
-# The room below is reserved once a sweep, and so is every tensor of a chunk's size in the sweeps: memory that is fresh
-# at each chunk costs more than the arithmetic that fills it. It holds whole rotations; when D is even the last half of
-# the last one repeats the first, and P leaves it out.
-class ChunkFeatures:
-    """φ(x)ᵀ of a chunk and its gradient, for c0 + c1·s + c2·s² and inputs like x (N, T, D), chunks of C."""
-
-    def __init__(self, x, coefficients, C, backward=False):
-        (c0, c1, c2), (N, _, D) = coefficients, x.shape
-        self.D, self.turns, self.before = D, D // 2 + 1 if c2 else 0, bool(c0) + bool(c1) * D
-        self.P = count_features(coefficients, D)
-        self.scale, self.linear = (2 * c2 / D) ** 0.25 or 1.0, math.sqrt(c1 / math.sqrt(D))
-        one = torch.eye(D, dtype=x.dtype, device=x.device).expand(N, D, D)
-        self.double = torch.cat([one, one], 1) * self.scale  # (N, 2D, D)
-        # The room: φ; for a backward pass also its gradient and a product of the two.
-        self.room = x.new_empty(3 if backward else 1, N, self.before + self.turns * D, C)
-        if backward:
-            self.room[1, :, self.P :] = 0
-            self.unrotate = self.rotations(torch.cat([one, one], 1)).flatten(1, 2).mT.contiguous()  # (N, D, turns·D)
-            self.unrotate[..., :D] *= math.sqrt(2) - 1  # see `backward`
-        if c0:
-            self.room[0, :, 0] = math.sqrt(c0)
-
-    def rotations(self, twice):
-        """(N, 2D, c) -> its rows rotated by 0, 1, ..., D/2 places: (N, turns, D, c), a view."""
-        return twice.unfold(1, self.D, 1).mT[:, : self.turns]
-
-    def products(self, which, c):
-        """The part of the room for the products, (N, turns, D, c)."""
-        return self.room[which, :, self.before :, :c].unflatten(1, (self.turns, self.D))
-
-    def __call__(self, x):
-        """x (N, c, D), c <= C -> φ(x)ᵀ (N, P, c), in the room: valid until the next call."""
-        room, D, c = self.room[0, ..., : x.shape[1]], self.D, x.shape[1]
-        self.twice = torch.bmm(self.double, x.mT)  # (N, 2D, c): transposed, scaled and doubled by one product
-        if self.linear:
-            torch.mul(self.twice[:, :D], self.linear / self.scale, out=room[:, self.before - D : self.before])
-        if self.turns:
-            products = self.products(0, c)
-            torch.mul(self.twice[:, None, :D], self.rotations(self.twice), out=products)  # √2 x_a x_b ...
-            products[:, 0].mul_(math.sqrt(0.5))  # ... but x_a² occurs once
-        return room[:, : self.P]
-
-    def backward(self, A, B):
-        """dx (N, c, D) for the x of the last call, if the gradient of φ(x)ᵀ is A @ B: A (N, P, V), B (N, V, c)."""
-        D, c = self.D, B.shape[-1]
-        grad = torch.bmm(A, B, out=self.room[1, :, : self.P, :c])
-        linear = grad[:, self.before - D : self.before] * self.linear if self.linear else None
-        if not self.turns:
-            return linear.mT
-        # d(x_a x_b) = x_b dx_a + x_a dx_b: the factor at rest, and the rotated one, rotated back. For x_a² (turn 0)
-        # both are the same number, and √½ of each is due: 1 from the first and √2 − 1 from the second add up to that.
-        g, product = self.products(1, c), self.products(2, c)
-        dx = torch.mul(g, self.rotations(self.twice), out=product).sum(1)  # (N, D, c)
-        moved = torch.mul(g, self.twice[:, None, :D], out=product).flatten(1, 2)
-        dx = torch.baddbmm(dx, self.unrotate, moved, beta=self.scale, alpha=self.scale)
-        return (dx if linear is None else dx.add_(linear)).mT
-
-# %% The forward sweep: four steps a chunk
-def forward_sweep(q, k, v, S, o, inverse, past, coefficients, C, keep):
-    """q, k (N, T, D), v (N, T, Dv), S (N, P, V), overwritten, or None -> the state after T, if `keep`.
-
-    Writes o (N, T, Dv), inverse = 1/den (N, T, 1), and the state before each chunk to past (T/C, N, P, V) if given.
-    """
-    Dv, weight, features = v.shape[-1], complete_square(coefficients, q.shape[-1]), ChunkFeatures(q, coefficients, C)
-    v1, u = with_ones(v[:, :C]), q.new_empty(len(q), C, C)
-    num = torch.empty_like(v1)
-    chunks = list(zip(*(x.split(C, dim=1) for x in (q, k, v, o, inverse)), strict=True))
-    for i, (qc, kc, vc, oc, inv) in enumerate(chunks):
-        last, c = i + 1 == len(chunks), qc.shape[1]
-        if c < C:  # a short chunk at the end
-            v1, num, u = v1[:, :c], num[:, :c], u[:, :c, :c]
-        v1[..., :Dv] = vc
-        # 1. Inside the chunk: the quadratic form.
-        torch.bmm(weigh(inner(qc, kc, weight, out=u), weight), v1, out=num)
-        # 2. Everything before: the state, read by φ(q).
-        if S is not None:
-            num.baddbmm_(features(qc).mT, S)
-        # 3. One division: the normaliser is the column of ones.
-        torch.add(num[..., Dv : Dv + 1], EPS, out=inv).reciprocal_()
-        torch.mul(num[..., :Dv], inv, out=oc)
-        # 4. The chunk joins the state (after the last one only if somebody goes on from there).
-        if past is not None and S is not None:
-            past[i] = S
-        if keep or not last:
-            S = add_product(S, features(kc), v1)
-    return S if keep else None
-
-
-def add_product(S, A, B):
-    """S + A @ B, in place; A @ B if S is None."""
-    return torch.bmm(A, B) if S is None else S.baddbmm_(A, B)
-
-# %% The backward sweep: the same chunks, from the end
-# With num = Σ w v and den = Σ w, the gradients of the two are do/den and −δ/den, δ = do·o: side by side they are
-# the gradient of one product with [v, 1]. What S was to the forward sweep, R = Σ_i φ(q_i) [do_i, −δ_i]ᵀ/den_i over
-# *later* i is to this one; it is built up anew, never by subtracting from a total, which would leave rounding errors.
-def backward_sweep(q, k, v, do, o, inverse, past, R, grads, coefficients, C):
-    """The mirror of `forward_sweep`: writes dq, dk, dv = grads; R (N, P, V), the gradient of the final state,
-    overwritten, or None -> the gradient of the initial state. past: as there, None where there was no state."""
-    Dv, weight, features = v.shape[-1], complete_square(coefficients, q.shape[-1]), ChunkFeatures(q, coefficients, C, True)
-    scale = weight.scale * (2 if weight.square else 1)
-    V1, (U, DU) = with_ones(v[:, :C]), q.new_empty(2, len(q), C, C)
-    D1, DV = torch.zeros_like(V1), torch.empty_like(V1)
-    chunks = zip(*(x.split(C, dim=1) for x in (q, k, v, do, o, inverse, *grads)), past, strict=True)
-    for qc, kc, vc, doc, oc, inv, dq, dk, dv, S in reversed(list(chunks)):
-        c = qc.shape[1]
-        v1, d1, dv1, u, du = (V1, D1, DV, U, DU) if c == C else (
-            V1[:, :c], D1[:, :c], DV[:, :c], U[:, :c, :c], DU[:, :c, :c])
-        v1[..., :Dv] = vc
-        # 3. The division: the gradient of [num, den].
-        torch.mul(doc, inv, out=d1[..., :Dv])
-        torch.sum(torch.mul(d1[..., :Dv], oc, out=dv1[..., :Dv]), -1, out=d1[..., Dv]).neg_()
-        # 1. Inside the chunk: w is computed again; where sim = u², du = 2u·dw.
-        inner(qc, kc, weight, out=u)
-        torch.bmm(d1, v1.mT, out=du)
-        du = du.mul_(u) if weight.square else du.tril_()
-        torch.bmm(weigh(u, weight).mT, d1, out=dv1)
-        # 4. Everything after: φ(k) carries R into dv, and dφ(k) = R [v, 1]ᵀ.
-        from_state, beta = dk, 0
-        if R is not None:
-            dv1.baddbmm_(features(kc).mT, R)
-            from_state, beta = features.backward(R, v1.mT), 1
-        torch.baddbmm(from_state, du.mT, qc, beta=beta, alpha=scale, out=dk)
-        # 2. Everything before: this chunk joins R, and dφ(q) = S [do, −δ]ᵀ/den.
-        from_state, beta = dq, 0
-        if S is not None:
-            R = add_product(R, features(qc), d1)
-            from_state, beta = features.backward(S, d1.mT), 1
-        torch.baddbmm(from_state, du, kc, beta=beta, alpha=scale, out=dq)
-        dv[:] = dv1[..., :Dv]
-    return R
-
 
 def with_ones(v):
-    """v (N, C, Dv) -> [v, 1, ...] (N, C, V), V the next multiple of 16."""
-    return F.pad(v, (0, 16 - v.shape[-1] % 16), value=1.0)
+    """v (..., Dv) -> [v, 1, ...] (..., V), V the next multiple of 8."""
+    return F.pad(v, (0, 8 - v.shape[-1] % 8), value=1.0)
+
+# %% Features, laid out for a chunk
+# The features of 01 in the same order, but with time as the last dimension, (rows, P, c): each rotation of x is then
+# a run of rows, and all products are one multiplication along memory. On a CPU that takes half the time of the
+# row layout, a quarter of the matrix product that reads it; so the backward pass computes features again. Storing them
+# for autograd, 136 numbers a token where q has 16, is what makes long sequences slow.
+# They are written to room reserved once a sweep: fresh memory for each group would cost more than the products.
+class ChunkFeatures:
+    """φ(x)ᵀ of chunks x (rows, C, D), like those of q, and its gradient, for c0 + c1·s + c2·s²."""
+
+    def __init__(self, q, coefficients, rows, C):
+        D, (c0, c1, c2) = q.shape[-1], coefficients
+        self.D, self.turns, self.before = D, D // 2 + 1 if c2 else 0, bool(c0) + bool(c1) * D
+        self.scale, self.linear = (2 * c2 / D) ** 0.25 or 1.0, math.sqrt(c1 / math.sqrt(D))
+        one = torch.eye(D, dtype=q.dtype, device=q.device)
+        self.double = (torch.cat([one, one]) * self.scale).expand(rows, -1, -1)  # (rows, 2D, D)
+        if self.turns:
+            self.back = torch.cat([one.roll(turn, 0) for turn in range(self.turns)], 1).expand(rows, -1, -1)
+        self.P = count_features(coefficients, D)
+        self.room = q.new_empty(rows, self.before + self.turns * D, C)  # of the last turn P counts half if D is even
+        self.room[:, : bool(c0)] = math.sqrt(c0)
+
+    def products(self, room):
+        """The part of a room for the products, (rows, turns, D, C)."""
+        return room[:, self.before :].unflatten(1, (self.turns, self.D))
+
+    def rotations(self):
+        """The rows of x rotated by 0, 1, ..., D/2 places: (rows, turns, D, C), a view."""
+        return self.twice.unfold(1, self.D, 1).mT[:, : self.turns]
+
+    def __call__(self, x):
+        """x (rows, C, D) -> φ(x)ᵀ (rows, P, C), in the room: valid until the next call."""
+        D = self.D
+        self.twice = torch.bmm(self.double, x.mT)  # (rows, 2D, C): [x, x]ᵀ, scaled
+        if self.linear:
+            torch.mul(self.twice[:, :D], self.linear / self.scale, out=self.room[:, self.before - D : self.before])
+        if self.turns:
+            products = self.products(self.room)
+            torch.mul(self.twice[:, None, :D], self.rotations(), out=products)  # √2 x_a x_b ...
+            products[:, 0].mul_(math.sqrt(0.5))  # ... but x_a² occurs once
+        return self.room[:, : self.P]
+
+    def backward(self, gradient):
+        """dx (rows, C, D) for the x of the last call; gradient: that of φ(x)ᵀ, in room of the same size; both are lost."""
+        D = self.D
+        linear = gradient[:, self.before - D : self.before] * self.linear if self.linear else 0
+        if not self.turns:
+            return linear.mT
+        # d(x_a x_b) = x_b dx_a + x_a dx_b: the factor at rest, and the rotated one, rotated back.
+        g = self.products(gradient)
+        g[:, 0].mul_(math.sqrt(0.5))
+        dx = torch.mul(g, self.rotations(), out=self.products(self.room)).sum(1)  # (rows, D, C)
+        dx.baddbmm_(self.back, g.mul_(self.twice[:, None, :D]).flatten(1, 2))
+        return (dx.mul_(self.scale) + linear).mT
 
 
 def count_features(coefficients, D):
@@ -341,49 +260,155 @@ def count_features(coefficients, D):
     c0, c1, c2 = coefficients
     return bool(c0) + bool(c1) * D + bool(c2) * D * (D + 1) // 2
 
+# %% The forward sweep: four steps a group
+def in_groups(x, C, G):
+    """x (N, T, d) -> views (G, N, C, d) of its chunks, G at a time."""
+    return x.unflatten(1, (-1, C)).transpose(0, 1).split(G)
+
+
+def forward_sweep(q, k, v, o, inverse, past, S, keep, coefficients, C, G):
+    """q, k (N, T, D), v (N, T, Dv), S (N, P, V), overwritten, or None; T a multiple of G·C -> the state after T, if `keep`.
+
+    Writes o (N, T, Dv), inverse = 1/den (N, T, 1), and the state before each chunk to past (T/C, N, P, V) if given.
+    """
+    N, Dv, chunks, last = len(q), v.shape[-1], 0, q.shape[1] // C - 1
+    weight, states = complete_square(coefficients, q.shape[-1]), last or keep or S is not None
+    phi_q, phi_k = (ChunkFeatures(q, coefficients, G * N, C) for _ in "qk") if states else (None, None)
+    v1, u = with_ones(v.new_empty(G, N, C, Dv)), q.new_empty(G * N, C, C)
+    num = torch.empty_like(v1)
+    for qg, kg, vg, og, inv in zip(*(in_groups(x, C, G) for x in (q, k, v, o, inverse)), strict=True):
+        qg, kg = qg.flatten(0, 1), kg.flatten(0, 1)  # (G·N, C, D)
+        v1[..., :Dv] = vg
+        # 1. Inside a chunk: the quadratic form.
+        torch.bmm(weigh(inner(qg, kg, weight, out=u), weight), v1.flatten(0, 1), out=num.flatten(0, 1))
+        # 2. Everything before: the state, read by φ(q); then the chunk joins it (the last: only if somebody goes on).
+        if states:
+            for n, fq, fk, x in zip(num, phi_q(qg).split(N), phi_k(kg).split(N), v1, strict=True):
+                if S is not None:
+                    n.baddbmm_(fq.mT, S)
+                    if past is not None:
+                        past[chunks] = S
+                if keep or chunks < last:
+                    S = add_product(S, fk, x)
+                chunks += 1
+        # 3. One division: the normaliser is the column of ones.
+        torch.add(num[..., Dv : Dv + 1], EPS, out=inv).reciprocal_()
+        torch.mul(num[..., :Dv], inv, out=og)
+    return S if keep else None
+
+
+def add_product(S, A, B):
+    """S + A @ B, in place; A @ B if S is None."""
+    return torch.bmm(A, B) if S is None else S.baddbmm_(A, B)
+
+# %% The backward sweep: the same groups, from the end
+# With num = Σ w v and den = Σ w, the gradients of the two are do/den and −δ/den, δ = do·o: side by side they are
+# the gradient of one product with [v, 1]. What S was to the forward sweep, R = Σ_i φ(q_i) [do_i, −δ_i]ᵀ/den_i over
+# *later* i is to this one; it is built up anew, never by subtracting from a total, which would leave rounding errors.
+def backward_sweep(q, k, v, o, inverse, past, R, do, grads, coefficients, C, G):
+    """The mirror of `forward_sweep`: writes dq, dk, dv = grads; R (N, P, V), the gradient of the final state,
+    overwritten, or None -> the gradient of the initial state. past: as there, None if there is one chunk and no state."""
+    N, Dv, weight = len(q), v.shape[-1], complete_square(coefficients, q.shape[-1])
+    scale, states = weight.scale * (2 if weight.square else 1), past is not None or R is not None
+    phi_q, phi_k = (ChunkFeatures(q, coefficients, G * N, C) for _ in "qk") if states else (None, None)
+    v1, (u, du) = with_ones(v.new_empty(G, N, C, Dv)), q.new_empty(2, G * N, C, C)
+    d1, dv1 = torch.zeros_like(v1), torch.empty_like(v1)
+    gradient = torch.zeros_like(phi_q.room) if states else None
+    V1, D1, DV1 = (x.flatten(0, 1) for x in (v1, d1, dv1))  # the same as rows
+    groups = [in_groups(x, C, G) for x in (q, k, v, o, inverse, do, *grads)]
+    groups.append(past.split(G) if past is not None else [None] * len(groups[0]))
+    for qg, kg, vg, og, inv, dog, dq, dk, dv, before in reversed(list(zip(*groups, strict=True))):
+        qg, kg = qg.flatten(0, 1), kg.flatten(0, 1)
+        v1[..., :Dv] = vg
+        # 3. The division: the gradient of [num, den].
+        torch.mul(dog, inv, out=d1[..., :Dv])
+        torch.sum(torch.mul(d1[..., :Dv], og, out=dv1[..., :Dv]), -1, out=d1[..., Dv]).neg_()
+        # 1. Inside a chunk: w is computed again; where sim = u², du = 2u·dw.
+        inner(qg, kg, weight, out=u)
+        torch.bmm(D1, V1.mT, out=du)
+        du = du.mul_(u) if weight.square else du.tril_()
+        torch.bmm(weigh(u, weight).mT, D1, out=DV1)
+        dqg, dkg = torch.bmm(du, kg).mul_(scale), torch.bmm(du.mT, qg).mul_(scale)
+        # 2. Everything after a chunk: φ(k) carries R into dv, and dφ(k) = R [v, 1]ᵀ. Then the chunk joins R.
+        if states:
+            dphi = gradient[:, : phi_q.P]
+            fq, fk, dfk = phi_q(qg).split(N), phi_k(kg).split(N), dphi.split(N)
+            for j in reversed(range(G)):
+                if R is None:
+                    dfk[j].zero_()
+                else:
+                    dv1[j].baddbmm_(fk[j].mT, R)
+                    torch.bmm(R, v1[j].mT, out=dfk[j])
+                R = add_product(R, fq[j], d1[j])
+            dkg += phi_k.backward(gradient)
+        if before is not None:  # Everything before: dφ(q) = S [do, −δ]ᵀ/den.
+            torch.bmm(before.flatten(0, 1), D1.mT, out=dphi)
+            dqg += phi_q.backward(gradient)
+        for grad, found in zip((dq, dk, dv), (dqg, dkg, DV1[..., :Dv]), strict=True):
+            grad[:] = found.unflatten(0, (G, N))
+    return R
+
+
+def parts(q, C):
+    """(times, C, G) of the parts of q (N, T, D) that one sweep takes: whole groups of G chunks; whole chunks; the rest."""
+    T, tokens = q.shape[1], 2**16 if q.is_cuda else GROUP * torch.get_num_threads()
+    G = max(1, tokens // (len(q) * C))
+    groups, chunks = T - T % (G * C), T - T % C
+    cuts = (0, groups, C, G), (groups, chunks, C, (chunks - groups) // C), (chunks, T, T - chunks, 1)
+    return [(slice(start, end), c, g) for start, end, c, g in cuts if start < end]
+
 
 class ChunkedAttention(torch.autograd.Function):
-    """The two sweeps as one differentiable operation, a few heads at a time so that a chunk stays in cache."""
+    """The two sweeps as one differentiable operation, a few heads at a time so that a group stays in cache."""
 
     @staticmethod
     def forward(ctx, q, k, v, S, coefficients, C, keep):
-        o, inverse, groups = torch.empty_like(v), torch.empty_like(v[..., :1]), head_groups(q)
-        past, final = None, []
-        if any(ctx.needs_input_grad):
-            P, V = count_features(coefficients, q.shape[-1]), with_ones(v[:1, :1]).shape[-1]
-            past = v.new_empty(math.ceil(q.shape[1] / C), len(q), P, V)
-        for g in groups:
-            state, before = None if S is None else S[g].clone(), None if past is None else past[:, g]
-            final.append(forward_sweep(q[g], k[g], v[g], state, o[g], inverse[g], before, coefficients, C, keep))
+        (N, T, D), o, inverse = q.shape, torch.empty_like(v), torch.empty_like(v[..., :1])
+        past, final, chunks = None, [], math.ceil(T / C)
+        if any(ctx.needs_input_grad) and (chunks > 1 or S is not None):
+            past = v.new_empty(chunks, N, count_features(coefficients, D), with_ones(v[:1, :1]).shape[-1])
+            past[0] = 0
+        sweeps = [(g, *part) for g in head_groups(q) for part in parts(q[g], C)]
+        for g, times, c, G in sweeps:
+            if times.start == 0:
+                state = None if S is None else S[g].clone()
+            before = None if past is None else past[times.start // C :, g][: (times.stop - times.start) // c]
+            inputs = (x[g, times] for x in (q, k, v, o, inverse))
+            state = forward_sweep(*inputs, before, state, keep or times.stop < T, coefficients, c, G)
+            final += [state] if times.stop == T else []
         ctx.save_for_backward(q, k, v, o, inverse, past)
-        ctx.rest = groups, S is not None, coefficients, C
+        ctx.rest = sweeps, S is not None, coefficients, C
         return o, torch.cat(final) if keep else None
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, do, dS):
-        (q, k, v, o, inverse, past), (groups, started, coefficients, C) = ctx.saved_tensors, ctx.rest
-        grads, first = (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)), []
-        for g in groups:
-            states = [S if started or i else None for i, S in enumerate(past[:, g])]
-            R = None if dS is None else dS[g].clone()
-            first.append(backward_sweep(q[g], k[g], v[g], do[g], o[g], inverse[g], states, R,
-                                        [grad[g] for grad in grads], coefficients, C))
-        return *grads, torch.cat(first) if started else None, None, None, None
+        (q, k, v, o, inverse, past), (sweeps, started, coefficients, C) = ctx.saved_tensors, ctx.rest
+        grads, first = [torch.empty_like(x) for x in (q, k, v)], []
+        for g, times, c, G in reversed(sweeps):
+            if times.stop == q.shape[1]:
+                R = None if dS is None else dS[g].clone()
+            before = None if past is None else past[times.start // C :, g][: (times.stop - times.start) // c]
+            inputs = (x[g, times] for x in (q, k, v, o, inverse))
+            R = backward_sweep(*inputs, before, R, do[g, times], [x[g, times] for x in grads], coefficients, c, G)
+            first += [R] if times.start == 0 else []
+        return *grads, torch.cat(first[::-1]) if started else None, None, None, None
 
 # %% The chunk of least cost
 # A short chunk spends its time on states and on calls, a long one on weights that the mask throws away. Per token and
 # head, in FLOPs: 2C(D + V) inside and 4PV through the state. What is not a matrix product is charged at the ratio of
 # the two rates (an element-wise pass reaches about 1/20 of the FLOP rate of a product). More threads share all this,
-# but not the thirty calls that every chunk makes: they are why two cores prefer longer chunks than one.
-PASS, CALLS, TOGETHER = 20, 20e6, 8  # FLOPs an element-wise step; FLOPs the calls of a chunk; heads a thread works on
+# but not the calls: two or three a chunk for the state. (Those of a group are the same for every C: a group is so many
+# tokens and heads that its features fit in a core's cache.)
+PASS, STEP, TOGETHER, GROUP = 20, 4e6, 16, 1024  # FLOPs an element-wise step, a chunk; heads, and tokens of a group, a thread
 
 
 def predicted_chunk_cost(C, N, T, D, V, P, threads):
     """FLOPs, or what takes as long, per token and head of the forward sweep."""
+    chunks = math.ceil(T / C)
     inside = C * (2 * (D + V) + 4 * PASS)
-    through_state = (4 * P * V + 3 * P * PASS) * (1 - 1 / math.ceil(T / C))
-    return (inside + through_state) / threads + CALLS / (C * min(N, TOGETHER * threads))
+    through_state = (4 * P * V + 3 * P * PASS) * (1 - 1 / chunks)
+    return (inside + through_state) / threads + STEP * (chunks > 1) / (C * min(N, TOGETHER * threads))
 
 
 def best_chunk(N, T, D, V, P, threads=None):
@@ -412,7 +437,7 @@ def chunked_attention(q, k, v, kernel, state=None, return_state=False, chunk_siz
     if coefficients is None:  # sim = φ(q)·φ(k): the linear polynomial of the features, √D undoing that of s
         q, k = kernel.features(q), kernel.features(k)
         coefficients = (0.0, math.sqrt(q.shape[-1]), 0.0)
-    D, P, V = q.shape[-1], kernel.num_features, Dv + 16 - Dv % 16
+    D, P, V = q.shape[-1], kernel.num_features, Dv + 8 - Dv % 8
     if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
         raise ValueError(f"chunk_size must be a positive integer or None, got {chunk_size!r}")
     C = min(T, chunk_size or best_chunk(B * H, T, D, V, P))
@@ -521,8 +546,8 @@ def predicted_cost(form, T, D=16, Dv=64, P=136):
         return 4 * T * P * Dv, 4 * 4 * T * P * Dv, 4 * 3 * T * P * Dv, 10
     if form == "recurrent":
         return 4 * T * P * Dv, 4 * 5 * T * P * Dv, 4 * P * Dv, 25 * T
-    C = best_chunk(1, T, D, Dv + 16, P)
-    return T * (4 * P * Dv + 2 * C * (D + Dv)), 8 * T * (D + Dv) + 8 * P * Dv * T // C, 4 * T * Dv, 25 * T // C
+    C = best_chunk(1, T, D, Dv + 8, P)
+    return T * (4 * P * Dv + 2 * C * (D + Dv)), 8 * T * (D + Dv) + 8 * P * Dv * T // C, 4 * T * Dv, 20 * T // C
 
 
 def machine_speed():
