@@ -130,9 +130,9 @@ def axes_of(rows):
 def print_search(rows, search_seeds):
     """Mean score of each rate; the chosen one is marked."""
     scores = scores_by_rate(rows, search_seeds)
-    rates = sorted({rate for values in scores.values() for rate in values})
-    if len(rates) < 2:
+    if all(len(values) < 2 for values in scores.values()):
         return
+    rates = sorted({rate for values in scores.values() for rate in values})
     seeds = f"seeds {', '.join(map(str, search_seeds))}" if search_seeds else "the reported seeds"
     print(f"\nMean accuracy by learning rate, on {seeds}; * chosen.\n")
     print(f"{'':18}{'T':>7}{'K':>5}{'d':>5}" + "".join(f"{rate:>10g}" for rate in rates))
