@@ -15,8 +15,8 @@ Letters: T length, K pairs, V vocabulary, n examples in the data, in (B, n) the 
 References: [P], [C] as in 01; [Z] Arora et al., Zoology, arXiv 2312.04927, github HazyResearch/zoology.
 
 Run: python 04_train_mqar.py                        5 mixers × 3 seeds, about 4 minutes on two cores
-     python 04_train_mqar.py --preset ladder        every kernel with a floor of ½ and without, 5 seeds: MINUTES_LADDER
-     python 04_train_mqar.py --preset laptop        seven systems, three widths, 5 seeds: MINUTES_LAPTOP
+     python 04_train_mqar.py --preset ladder        every kernel with a floor of ½ and without, 5 seeds: 50 minutes
+     python 04_train_mqar.py --preset laptop        seven systems, three widths, 5 seeds: an hour
      python 04_train_mqar.py --preset paper         Figure 1 of [P]: for GPUs; --shard 1/8 for the first of 8 machines
      python 04_train_mqar.py --preset paper-ladder  Table 1 of [P], likewise
 All of them continue where they were interrupted.
