@@ -16,7 +16,7 @@ References: [P], [C] as in 01; [Z] Arora et al., Zoology, arXiv 2312.04927, gith
 
 Run: python 04_train_mqar.py                        5 mixers × 3 seeds, about 4 minutes on two cores
      python 04_train_mqar.py --preset ladder        every kernel with a floor of ½ and without, 5 seeds: 50 minutes
-     python 04_train_mqar.py --preset laptop        seven systems, three widths, 5 seeds: an hour
+     python 04_train_mqar.py --preset laptop        seven systems, three widths, 5 seeds: an estimated hour
      python 04_train_mqar.py --preset paper         Figure 1 of [P]: for GPUs; --shard 1/8 for the first of 8 machines
      python 04_train_mqar.py --preset paper-ladder  Table 1 of [P], likewise
 All of them continue where they were interrupted.
@@ -273,7 +273,7 @@ def test(model, length, power_a, run, experiment):
     """{"accuracy", "right", "others", "filler", "iou"} of one cell, means over queries; None without weights to look at."""
     n = max(1, experiment.test_examples // 4) if length >= 8192 else experiment.test_examples
     inputs, labels, positions = test_set(n, length, run.pairs, experiment.vocab_size, power_a)
-    device, totals, sets = model.embedding.weight.device, torch.zeros(4, dtype=torch.float64), torch.zeros(2)
+    device, totals, sets = model.embedding.weight.device, torch.zeros(4, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
     looks = hasattr(model.blocks[-1].mixer, "weights")
     for rows in torch.arange(n).split(max(1, 2**16 // length)):
         tokens, at = inputs[rows], positions[rows]
