@@ -33,7 +33,6 @@ import functools
 import io
 import math
 import sys
-import time
 from importlib import import_module
 from typing import NamedTuple
 
@@ -533,120 +532,7 @@ def check_cut_save_resume():
 
 CHECKS = [check_forms_agree, check_first_row_is_v0, check_the_future_is_not_seen, check_cut_save_resume]
 
-# %% What each form must cost, before it is timed
-# Forward, per head. FLOPs are multiplications and additions; bytes are those that cannot stay in cache: every pass of
-# the quadratic form over its T² weights, every prefix of the linear one, the state of the recurrent one at each token.
-def predicted_cost(form, T, D=16, Dv=64, P=136):
-    """(FLOPs, bytes moved, bytes held, calls) of one head in float32. softmax: PyTorch's fused kernel, head size Dv."""
-    if form == "softmax":
-        return 2 * T * T * Dv, 16 * T * Dv, 4 * T * Dv, 1
-    if form == "quadratic":
-        return 2 * T * T * (D + Dv), 4 * 9 * T * T, 4 * 3 * T * T, 10
-    if form == "linear":
-        return 4 * T * P * Dv, 4 * 4 * T * P * Dv, 4 * 3 * T * P * Dv, 10
-    if form == "recurrent":
-        return 4 * T * P * Dv, 4 * 5 * T * P * Dv, 4 * P * Dv, 25 * T
-    C = best_chunk(1, T, D, Dv + 8, P)
-    return T * (4 * P * Dv + 2 * C * (D + Dv)), 8 * T * (D + Dv) + 8 * P * Dv * T // C, 4 * T * Dv, 20 * T // C
-
-
-def machine_speed():
-    """(FLOP/s of a matrix product, bytes/s of a copy, seconds of an empty call) of this machine, now."""
-    a, b, tiny = torch.randn(1024, 1024), torch.randn(2**24), torch.zeros(1)
-    times = interleaved({"product": lambda: a @ a, "copy": b.clone, "call": lambda: tiny + 1}, repeats=9)
-    return 2 * 1024**3 / times["product"], 8 * 2**24 / times["copy"], times["call"]
-
-
-def interleaved(calls, repeats=5):
-    """{name: median seconds} of calls that take turns, so that a slow moment of the machine meets all; one warm-up."""
-    times = {name: [] for name in calls}
-    for turn in range(repeats + 1):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            times[name] += [time.perf_counter() - start] if turn else []
-    return {name: sorted(values)[repeats // 2] for name, values in times.items()}
-
-# %% Timing the forms
-HEADS, SIZE, VALUE_SIZE = 4, 16, 64  # B = 1; softmax gets heads of 64 for q, k and v, as a transformer would
-FORMS = {
-    "quadratic": quadratic_attention,
-    "linear": linear_attention,
-    "recurrent": recurrent_attention,
-    "chunked": chunked_attention,
-}
-
-
-def make_call(form, T, backward):
-    """A function of no arguments that runs the form once, forward or forward and backward, on inputs of its own."""
-    size = VALUE_SIZE if form == "softmax" else SIZE
-    inputs = [*torch.rand(2, 1, HEADS, T, size).add_(0.1).unbind(), torch.randn(1, HEADS, T, VALUE_SIZE)]
-    inputs = [x.requires_grad_(backward) for x in inputs]
-    if form == "softmax":
-        forward = functools.partial(F.scaled_dot_product_attention, *inputs, is_causal=True)
-    else:
-        forward = functools.partial(FORMS[form], *inputs, kernels.ReBasedKernel(SIZE))
-    upstream = torch.randn_like(inputs[2])
-    return (lambda: torch.autograd.grad(forward(), inputs, upstream)) if backward else forward
-
-
-def prediction(form, T, speed, backward=False):
-    """(GFLOP, GB moved, seconds, GB held) of all heads; a backward pass takes two to three times the forward."""
-    (flops, moved, held, calls), (flop_rate, byte_rate, call) = predicted_cost(form, T), speed
-    took = HEADS * (flops / flop_rate + moved / byte_rate) + calls * call
-    return HEADS * flops / 1e9, HEADS * moved / 1e9, took * (3.5 if backward else 1), HEADS * held / 1e9
-
-
-def print_table(lengths):
-    """Forward: predicted and measured milliseconds, a line per form and length; returns rows (form, T, both)."""
-    speed, rows = machine_speed(), []
-    print(f"ReBased, float32, forward, B=1 H={HEADS} D={SIZE} Dv={VALUE_SIZE}, {torch.get_num_threads()} threads.\n")
-    print(f"{'form':12}{'T':>7}{'GFLOP':>10}{'GB moved':>10}{'predicted':>12}{'measured':>12}")
-    for form in FORMS:
-        for T in lengths:
-            flops, moved, predicted, held = prediction(form, T, speed)
-            fits = held < 2 and predicted < 1
-            measured = interleaved({form: make_call(form, T, False)}, 3)[form] if fits else None
-            shown = f"{measured * 1e3:9.2f} ms" if fits else f"{'–':>12}"
-            print(f"{form:12}{T:7,}{flops:10.3f}{moved:10.3f}{predicted * 1e3:9.2f} ms{shown}")
-            rows.append((form, T, predicted, measured))
-    print("– not run: it would hold more than 2 GB, or take more than a second.\n")
-    return rows
-
-
-def read_table(rows):
-    """The sentences under the table, from its numbers."""
-    time_of = {(form, T): measured for form, T, _, measured in rows if measured}
-    for form in ("quadratic", "recurrent"):
-        T = max(T for name, T in time_of if name == form)
-        ratio = time_of[form, T] / time_of["chunked", T]
-        print(f"At T = {T:,} the {form} form takes {ratio:.0f} times as long as the chunked one.")
-    growth = time_of["chunked", 8192] / time_of["chunked", 2048]
-    print(f"From 2,048 to 8,192 tokens, four times as many, the chunked form takes {growth:.1f} times as long: linear time.\n")
-
-# %% The figure
-def draw(curves, path, title):
-    """Milliseconds against T on logarithmic axes. curves: [(label, colour number, line style, [(T, seconds)])]."""
-    plt = kernels.pyplot()
-    if plt is None:
-        return
-    figure, axis = plt.subplots(figsize=(6.5, 4.2), layout="constrained")
-    for label, colour, style, points in curves:
-        lengths, times = zip(*points, strict=True)
-        axis.plot(lengths, [x * 1e3 for x in times], style, color=f"C{colour}", label=label)
-    axis.set(xscale="log", yscale="log", xlabel="T", ylabel="milliseconds", title=title)
-    axis.legend(frameon=False, fontsize=9)
-    figure.savefig(path, dpi=120)
-    print(f"figure: {path}\n")
-
-
-def table_curves(rows):
-    """The predictions dotted, the measurements solid."""
-    for i, form in enumerate(FORMS):
-        yield None, i, ":", [(T, predicted) for name, T, predicted, _ in rows if name == form]
-        yield form, i, "o-", [(T, measured) for name, T, _, measured in rows if name == form and measured]
-
-
+# %%
 def main(argv=None):
     """The table, its reading, the figure, the checks; returns how many checks failed."""
     parser = argparse.ArgumentParser(description="02: one layer as four forms, predicted and measured (20 seconds)")
@@ -657,12 +543,8 @@ def main(argv=None):
     parser.add_argument("--threads", type=int, choices=range(1, 257), metavar="N", help="threads of PyTorch (all cores)")
     options = kernels.parse_arguments(parser, argv)
     torch.set_num_threads(options.threads or torch.get_num_threads())
-    if options.benchmark:
-        import_module("02_linear_attention_benchmark").run(options.figure)
-    else:
-        rows = print_table((128, 512, 2048, 8192))
-        read_table(rows)
-        draw(table_curves(rows), options.figure, "one layer, four ways (dotted: predicted)")
+    cost = import_module("02_linear_attention_cost")  # the tables: what each form costs
+    (cost.benchmark if options.benchmark else cost.compare)(options.figure)
     return kernels.run_checks(CHECKS)
 
 

@@ -36,6 +36,7 @@ import torch.nn.functional as F
 
 kernels = import_module("01_kernels")
 linear_attention = import_module("02_linear_attention")
+cost = import_module("02_linear_attention_cost")
 
 # %% One recurrence, log T deep
 # Step 2i+1 swallows step 2i: T/2 steps remain, for the odd rows. Solve those, the same way; each even row is then one
@@ -410,7 +411,7 @@ LENGTHS = (32, 128, 512)
 def step_seconds(call, T, tokens=2048):
     """Median seconds of forward and backward over `tokens` tokens, in sequences of T."""
     x = torch.randn(tokens // T, T, 64, requires_grad=True)
-    return linear_attention.interleaved({"step": lambda: call(x).sum().backward()}, 3)["step"]
+    return cost.interleaved({"step": lambda: call(x).sum().backward()}, 3)["step"]
 
 
 def main(argv=None):

@@ -35,6 +35,7 @@ import torch.nn.functional as F
 
 kernels = import_module("01_kernels")
 linear_attention = import_module("02_linear_attention")
+cost = import_module("02_linear_attention_cost")
 baselines = import_module("03_baselines")
 
 # %% One description of a model
@@ -483,7 +484,7 @@ def decoding_cost(mixer, context, batch, steps=20):
     if mixer == "conv_attention":
         (k, v), q = states[1], torch.randn(batch, 2, 1, 64)
         calls["attention"] = lambda: F.scaled_dot_product_attention(q, k, v)
-    times = linear_attention.interleaved(calls, steps)
+    times = cost.interleaved(calls, steps)
     return state_bytes(states), times["step"], times.get("attention")
 
 

@@ -49,6 +49,7 @@ from tqdm import tqdm
 
 kernels = import_module("01_kernels")
 linear_attention = import_module("02_linear_attention")
+cost = import_module("02_linear_attention_cost")
 models = import_module("03_model")
 pile_data = import_module("05_pile_data")
 Refusal, read_documents, recall_mask = pile_data.Refusal, pile_data.read_documents, pile_data.recall_mask
@@ -456,7 +457,7 @@ def decoding_costs(mixer, contexts=CONTEXTS, repeats=100):
     model = models.LanguageModel(laptop_config(mixer, 256)).eval()
     states = {context: models.states_after(model, context, batch=1) for context in contexts}
     calls = {context: partial(model.step, torch.tensor([65]), state) for context, state in states.items()}
-    times = linear_attention.interleaved(calls, repeats)
+    times = cost.interleaved(calls, repeats)
     return [(models.state_bytes(states[context]), times[context]) for context in contexts]
 
 
