@@ -7,7 +7,7 @@ You will learn
   1. how features let the sums over keys be formed once, and why cost then grows with T instead of T²;
   2. why the textbook linear form is slow all the same, and what a chunk repairs;
   3. the state: cut a sequence anywhere, carry S and z, go on; the bytes do not depend on T;
-  4. a backward pass that recomputes features instead of storing them.
+  4. which of the four to train with, to read a prompt with, to speak with.
 
 Equations
   quadratic    o_i = Σ_{j≤i} w_ij v_j / Σ_{j≤i} w_ij,   w_ij = sim(q_i, k_j)                       [P 3]
@@ -15,11 +15,8 @@ Equations
   recurrent    S_i = S_{i−1} + φ(k_i) v_iᵀ,  z_i = z_{i−1} + φ(k_i),  o_i = φ(q_i)ᵀ S_i / φ(q_i)ᵀ z_i   [K 3.3]
   chunked      quadratic for j in the chunk of i, linear through S and z for all chunks before
 
-Letters: B batch, H heads, T time, D query/key dimension, Dv value dimension, P features after φ, C chunk length,
-  N = B·H (in 01: the number of queries); S the state (B, H, P, Dv), z its normaliser (B, H, P); num, den the two sums
-  whose quotient is o; w = sim, u its root before squaring; do the gradient of o, δ = do·o; R the state of the backward
-  pass; V the width of v with its column of ones, a multiple of 8 (in 03: the vocabulary); c one chunk's length, <= C;
-  G chunks make a group: their G·N heads and chunks are the rows of one product.
+Letters: B batch, H heads, T time, D query/key dimension, Dv value dimension, P features after φ, C chunk length; S the
+  state (B, H, P, Dv), z its normaliser (B, H, P); num, den the two sums whose quotient is o; w = sim.
   q, k are prepared and split: `kernel.prepare` of 01 first, then (B, T, H·D) -> (B, H, T, D).
 
 References: [P], [K] as in 01; chunks: Hua et al., Transformer Quality in Linear Time, ICML 2022, arXiv 2202.10447.
@@ -31,13 +28,11 @@ Run: python 02_linear_attention.py     (20 seconds: predicted and measured cost,
 import argparse
 import functools
 import io
-import math
 import sys
 from importlib import import_module
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 kernels = import_module("01_kernels")  # a name that starts with a digit cannot follow `import`
 
@@ -159,296 +154,46 @@ def recurrent_attention(q, k, v, kernel, state=None, return_state=False):
 
 # %% 4. Chunked: quadratic where that is cheap, a state for the rest
 # Cut T into chunks of C. Inside a chunk the quadratic form is one good matrix product; all earlier chunks come in
-# through S. Prefixes are written out T/C times instead of T, and all work is matrix products. Three ideas keep it short:
-#
-# - A column of ones appended to v makes num and den one product, and z one more column of S. (BLAS likes widths
-#   that are multiples of 8: the column is repeated to the next one.)
-# - A similarity that is no polynomial of s (elu, element-wise) is the *linear* polynomial of its features:
-#   sim = φ(q)·φ(k). So one routine serves every kernel; it knows (c0, c1, c2) and nothing else.
-# - Only S runs from chunk to chunk. The rest of G chunks is done at once, stacked on the heads: G·N rows.
-class Weight(NamedTuple):
-    """sim = u² + floor with u = scale·(q·k) + shift; without c2, sim = u."""
-
-    scale: float
-    shift: float
-    floor: float
-    square: bool
-
-
-def complete_square(coefficients, D):
-    """(c0, c1, c2) of a polynomial of s = q·k/√D -> Weight."""
-    c0, c1, c2 = coefficients
-    if not c2:
-        return Weight(c1 / math.sqrt(D), c0, 0.0, False)
-    return Weight(math.sqrt(c2 / D), c1 / (2 * math.sqrt(c2)), c0 - c1 * c1 / (4 * c2), True)
-
-
-def inner(q, k, weight, out):
-    """u = scale·(q·k) + shift where j <= i, else 0: q, k (rows, C, D) -> out (rows, C, C)."""
-    shift = q.new_full((1, 1, 1), weight.shift)
-    return torch.baddbmm(shift, q, k.mT, beta=1 if weight.shift else 0, alpha=weight.scale, out=out).tril_()
+# through S and z. Prefixes are written out T/C times instead of T, and all work is matrix products.
+@without_autocast
+def chunked_in_four_steps(q, k, v, kernel, state=None, return_state=False, chunk_size=64):
+    """The chunked form, to be read: shapes as in `quadratic_attention`; (o, State) with return_state."""
+    dtype = v.dtype if isinstance(v, torch.Tensor) else None
+    q, k, v = accept(q, k, v, kernel, state)
+    P, Dv, outputs = kernel.num_features, v.shape[-1], []
+    S, z = state or (q.new_zeros(*q.shape[:2], P, Dv), q.new_zeros(*q.shape[:2], P))
+    for q_c, k_c, v_c in zip(*(x.split(chunk_size, dim=2) for x in (q, k, v)), strict=True):  # (B, H, C, ...)
+        phi_q, phi_k = kernel.features(q_c), kernel.features(k_c)  # (B, H, C, P)
+        # 1. Inside the chunk: the quadratic form, C² weights.
+        weights = causal_weights(q_c, k_c, kernel)  # (B, H, C, C)
+        num, den = weights @ v_c, weights.sum(-1, keepdim=True)
+        # 2. All chunks before: the state, read by φ(q).
+        num, den = num + phi_q @ S, den + phi_q @ z.unsqueeze(-1)
+        # 3. One division.
+        outputs.append(num / (den + EPS))
+        # 4. The chunk joins the state.
+        S, z = S + phi_k.mT @ v_c, z + phi_k.sum(2)
+    o = torch.cat(outputs, dim=2).to(dtype)  # (B, H, T, Dv)
+    return (o, State(S, z)) if return_state else o
 
 
-def weigh(u, weight):
-    """sim(u), in place; 0 stays where j > i."""
-    u = u.square_() if weight.square else u
-    return u.add_(weight.floor).tril_() if weight.floor else u
-
-
-def with_ones(v):
-    """v (..., Dv) -> [v, 1, ...] (..., V), V the next multiple of 8."""
-    return F.pad(v, (0, 8 - v.shape[-1] % 8), value=1.0)
-
-# %% Features, laid out for a chunk
-# The features of 01 in the same order, but with time as the last dimension, (rows, P, c): each rotation of x is then
-# a run of rows, and all products are one multiplication along memory. On a CPU that takes half the time of the
-# row layout, a quarter of the matrix product that reads it; so the backward pass computes features again. Storing them
-# for autograd, 136 numbers a token where q has 16, is what makes long sequences slow.
-# They are written to room reserved once a sweep: fresh memory for each group would cost more than the products.
-class ChunkFeatures:
-    """φ(x)ᵀ of chunks x (rows, C, D), like those of q, and its gradient, for c0 + c1·s + c2·s²."""
-
-    def __init__(self, q, coefficients, rows, C):
-        D, (c0, c1, c2) = q.shape[-1], coefficients
-        self.D, self.turns, self.before = D, D // 2 + 1 if c2 else 0, bool(c0) + bool(c1) * D
-        self.scale, self.linear = (2 * c2 / D) ** 0.25 or 1.0, math.sqrt(c1 / math.sqrt(D))
-        one = torch.eye(D, dtype=q.dtype, device=q.device)
-        self.double = (torch.cat([one, one]) * self.scale).expand(rows, -1, -1)  # (rows, 2D, D)
-        if self.turns:
-            self.back = torch.cat([one.roll(turn, 0) for turn in range(self.turns)], 1).expand(rows, -1, -1)
-        self.P = count_features(coefficients, D)
-        self.room = q.new_empty(rows, self.before + self.turns * D, C)  # of the last turn P counts half if D is even
-        self.room[:, : bool(c0)] = math.sqrt(c0)
-
-    def products(self, room):
-        """The part of a room for the products, (rows, turns, D, C)."""
-        return room[:, self.before :].unflatten(1, (self.turns, self.D))
-
-    def rotations(self):
-        """The rows of x rotated by 0, 1, ..., D/2 places: (rows, turns, D, C), a view."""
-        return self.twice.unfold(1, self.D, 1).mT[:, : self.turns]
-
-    def __call__(self, x):
-        """x (rows, C, D) -> φ(x)ᵀ (rows, P, C), in the room: valid until the next call."""
-        D = self.D
-        self.twice = torch.bmm(self.double, x.mT)  # (rows, 2D, C): [x, x]ᵀ, scaled
-        if self.linear:
-            torch.mul(self.twice[:, :D], self.linear / self.scale, out=self.room[:, self.before - D : self.before])
-        if self.turns:
-            products = self.products(self.room)
-            torch.mul(self.twice[:, None, :D], self.rotations(), out=products)  # √2 x_a x_b ...
-            products[:, 0].mul_(math.sqrt(0.5))  # ... but x_a² occurs once
-        return self.room[:, : self.P]
-
-    def backward(self, gradient):
-        """dx (rows, C, D) for the x of the last call; gradient: that of φ(x)ᵀ, in room of the same size; both are lost."""
-        D = self.D
-        linear = gradient[:, self.before - D : self.before] * self.linear if self.linear else 0
-        if not self.turns:
-            return linear.mT
-        # d(x_a x_b) = x_b dx_a + x_a dx_b: the factor at rest, and the rotated one, rotated back.
-        g = self.products(gradient)
-        g[:, 0].mul_(math.sqrt(0.5))
-        dx = torch.mul(g, self.rotations(), out=self.products(self.room)).sum(1)  # (rows, D, C)
-        dx.baddbmm_(self.back, g.mul_(self.twice[:, None, :D]).flatten(1, 2))
-        return (dx.mul_(self.scale) + linear).mT
-
-
-def count_features(coefficients, D):
-    """P of the polynomial with these coefficients."""
-    c0, c1, c2 = coefficients
-    return bool(c0) + bool(c1) * D + bool(c2) * D * (D + 1) // 2
-
-# %% The forward sweep: four steps a group
-def in_groups(x, C, G):
-    """x (N, T, d) -> views (G, N, C, d) of its chunks, G at a time."""
-    return x.unflatten(1, (-1, C)).transpose(0, 1).split(G)
-
-
-def forward_sweep(q, k, v, o, inverse, past, S, keep, coefficients, C, G):
-    """q, k (N, T, D), v (N, T, Dv), S (N, P, V), overwritten, or None; T a multiple of G·C -> the state after T, if `keep`.
-
-    Writes o (N, T, Dv), inverse = 1/den (N, T, 1), and the state before each chunk to past (T/C, N, P, V) if given.
-    """
-    N, Dv, chunks, last = len(q), v.shape[-1], 0, q.shape[1] // C - 1
-    weight, states = complete_square(coefficients, q.shape[-1]), last or keep or S is not None
-    phi_q, phi_k = (ChunkFeatures(q, coefficients, G * N, C) for _ in "qk") if states else (None, None)
-    v1, u = with_ones(v.new_empty(G, N, C, Dv)), q.new_empty(G * N, C, C)
-    num = torch.empty_like(v1)
-    for qg, kg, vg, og, inv in zip(*(in_groups(x, C, G) for x in (q, k, v, o, inverse)), strict=True):
-        qg, kg = qg.flatten(0, 1), kg.flatten(0, 1)  # (G·N, C, D)
-        v1[..., :Dv] = vg
-        # 1. Inside a chunk: the quadratic form.
-        torch.bmm(weigh(inner(qg, kg, weight, out=u), weight), v1.flatten(0, 1), out=num.flatten(0, 1))
-        # 2. Everything before: the state, read by φ(q); then the chunk joins it (the last: only if somebody goes on).
-        if states:
-            for n, fq, fk, x in zip(num, phi_q(qg).split(N), phi_k(kg).split(N), v1, strict=True):
-                if S is not None:
-                    n.baddbmm_(fq.mT, S)
-                    if past is not None:
-                        past[chunks] = S
-                if keep or chunks < last:
-                    S = add_product(S, fk, x)
-                chunks += 1
-        # 3. One division: the normaliser is the column of ones.
-        torch.add(num[..., Dv : Dv + 1], EPS, out=inv).reciprocal_()
-        torch.mul(num[..., :Dv], inv, out=og)
-    return S if keep else None
-
-
-def add_product(S, A, B):
-    """S + A @ B, in place; A @ B if S is None."""
-    return torch.bmm(A, B) if S is None else S.baddbmm_(A, B)
-
-# %% The backward sweep: the same groups, from the end
-# With num = Σ w v and den = Σ w, the gradients of the two are do/den and −δ/den, δ = do·o: side by side they are
-# the gradient of one product with [v, 1]. What S was to the forward sweep, R = Σ_i φ(q_i) [do_i, −δ_i]ᵀ/den_i over
-# *later* i is to this one; it is built up anew, never by subtracting from a total, which would leave rounding errors.
-def backward_sweep(q, k, v, o, inverse, past, R, do, grads, coefficients, C, G):
-    """The mirror of `forward_sweep`: writes dq, dk, dv = grads; R (N, P, V), the gradient of the final state,
-    overwritten, or None -> the gradient of the initial state. past: as there, None if there is one chunk and no state."""
-    N, Dv, weight = len(q), v.shape[-1], complete_square(coefficients, q.shape[-1])
-    scale, states = weight.scale * (2 if weight.square else 1), past is not None or R is not None
-    phi_q, phi_k = (ChunkFeatures(q, coefficients, G * N, C) for _ in "qk") if states else (None, None)
-    v1, (u, du) = with_ones(v.new_empty(G, N, C, Dv)), q.new_empty(2, G * N, C, C)
-    d1, dv1 = torch.zeros_like(v1), torch.empty_like(v1)
-    gradient = torch.zeros_like(phi_q.room) if states else None
-    V1, D1, DV1 = (x.flatten(0, 1) for x in (v1, d1, dv1))  # the same as rows
-    groups = [in_groups(x, C, G) for x in (q, k, v, o, inverse, do, *grads)]
-    groups.append(past.split(G) if past is not None else [None] * len(groups[0]))
-    for qg, kg, vg, og, inv, dog, dq, dk, dv, before in reversed(list(zip(*groups, strict=True))):
-        qg, kg = qg.flatten(0, 1), kg.flatten(0, 1)
-        v1[..., :Dv] = vg
-        # 3. The division: the gradient of [num, den].
-        torch.mul(dog, inv, out=d1[..., :Dv])
-        torch.sum(torch.mul(d1[..., :Dv], og, out=dv1[..., :Dv]), -1, out=d1[..., Dv]).neg_()
-        # 1. Inside a chunk: w is computed again; where sim = u², du = 2u·dw.
-        inner(qg, kg, weight, out=u)
-        torch.bmm(D1, V1.mT, out=du)
-        du = du.mul_(u) if weight.square else du.tril_()
-        torch.bmm(weigh(u, weight).mT, D1, out=DV1)
-        dqg, dkg = torch.bmm(du, kg).mul_(scale), torch.bmm(du.mT, qg).mul_(scale)
-        # 2. Everything after a chunk: φ(k) carries R into dv, and dφ(k) = R [v, 1]ᵀ. Then the chunk joins R.
-        if states:
-            dphi = gradient[:, : phi_q.P]
-            fq, fk, dfk = phi_q(qg).split(N), phi_k(kg).split(N), dphi.split(N)
-            for j in reversed(range(G)):
-                if R is None:
-                    dfk[j].zero_()
-                else:
-                    dv1[j].baddbmm_(fk[j].mT, R)
-                    torch.bmm(R, v1[j].mT, out=dfk[j])
-                R = add_product(R, fq[j], d1[j])
-            dkg += phi_k.backward(gradient)
-        if before is not None:  # Everything before: dφ(q) = S [do, −δ]ᵀ/den.
-            torch.bmm(before.flatten(0, 1), D1.mT, out=dphi)
-            dqg += phi_q.backward(gradient)
-        for grad, found in zip((dq, dk, dv), (dqg, dkg, DV1[..., :Dv]), strict=True):
-            grad[:] = found.unflatten(0, (G, N))
-    return R
-
-
-def parts(q, C):
-    """(times, C, G) of the parts of q (N, T, D) that one sweep takes: whole groups of G chunks; whole chunks; the rest."""
-    T, tokens = q.shape[1], 2**16 if q.is_cuda else GROUP * torch.get_num_threads()
-    G = max(1, tokens // (len(q) * C))
-    groups, chunks = T - T % (G * C), T - T % C
-    cuts = (0, groups, C, G), (groups, chunks, C, (chunks - groups) // C), (chunks, T, T - chunks, 1)
-    return [(slice(start, end), c, g) for start, end, c, g in cuts if start < end]
-
-
-class ChunkedAttention(torch.autograd.Function):
-    """The two sweeps as one differentiable operation, a few heads at a time so that a group stays in cache."""
-
-    @staticmethod
-    def forward(ctx, q, k, v, S, coefficients, C, keep):
-        (N, T, D), o, inverse = q.shape, torch.empty_like(v), torch.empty_like(v[..., :1])
-        past, final, chunks = None, [], math.ceil(T / C)
-        if any(ctx.needs_input_grad) and (chunks > 1 or S is not None):
-            past = v.new_empty(chunks, N, count_features(coefficients, D), with_ones(v[:1, :1]).shape[-1])
-            past[0] = 0
-        sweeps = [(g, *part) for g in head_groups(q) for part in parts(q[g], C)]
-        for g, times, c, G in sweeps:
-            if times.start == 0:
-                state = None if S is None else S[g].clone()
-            before = None if past is None else past[times.start // C :, g][: (times.stop - times.start) // c]
-            inputs = (x[g, times] for x in (q, k, v, o, inverse))
-            state = forward_sweep(*inputs, before, state, keep or times.stop < T, coefficients, c, G)
-            final += [state] if times.stop == T else []
-        ctx.save_for_backward(q, k, v, o, inverse, past)
-        ctx.rest = sweeps, S is not None, coefficients, C
-        return o, torch.cat(final) if keep else None
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, do, dS):
-        (q, k, v, o, inverse, past), (sweeps, started, coefficients, C) = ctx.saved_tensors, ctx.rest
-        grads, first = [torch.empty_like(x) for x in (q, k, v)], []
-        for g, times, c, G in reversed(sweeps):
-            if times.stop == q.shape[1]:
-                R = None if dS is None else dS[g].clone()
-            before = None if past is None else past[times.start // C :, g][: (times.stop - times.start) // c]
-            inputs = (x[g, times] for x in (q, k, v, o, inverse))
-            R = backward_sweep(*inputs, before, R, do[g, times], [x[g, times] for x in grads], coefficients, c, G)
-            first += [R] if times.start == 0 else []
-        return *grads, torch.cat(first[::-1]) if started else None, None, None, None
-
-# %% The chunk of least cost
-# A short chunk spends its time on states and on calls, a long one on weights that the mask throws away. Per token and
-# head, in FLOPs: 2C(D + V) inside and 4PV through the state. What is not a matrix product is charged at the ratio of
-# the two rates (an element-wise pass reaches about 1/20 of the FLOP rate of a product). More threads share all this,
-# but not the calls: two or three a chunk for the state. (Those of a group are the same for every C: a group is so many
-# tokens and heads that its features fit in a core's cache.)
-PASS, STEP, TOGETHER, GROUP = 20, 4e6, 16, 1024  # FLOPs an element-wise step, a chunk; heads, and tokens of a group, a thread
-
-
-def predicted_chunk_cost(C, N, T, D, V, P, threads):
-    """FLOPs, or what takes as long, per token and head of the forward sweep."""
-    chunks = math.ceil(T / C)
-    inside = C * (2 * (D + V) + 4 * PASS)
-    through_state = (4 * P * V + 3 * P * PASS) * (1 - 1 / chunks)
-    return (inside + through_state) / threads + STEP * (chunks > 1) / (C * min(N, TOGETHER * threads))
-
-
-def best_chunk(N, T, D, V, P, threads=None):
-    """The power of two from 16 to 512 of least predicted cost; T itself if that is shorter."""
-    threads = threads or torch.get_num_threads()
-    candidates = [min(C, T) for C in (16, 32, 64, 128, 256, 512)]
-    return min(candidates, key=lambda C: predicted_chunk_cost(C, N, T, D, V, P, threads))
-
-
-def head_groups(q):
-    """Slices of N that keep a chunk in each core's cache; all of N at once on a GPU."""
-    N, together = len(q), TOGETHER * torch.get_num_threads()
-    return [slice(None)] if q.is_cuda else [slice(n, n + together) for n in range(0, N, together)]
-
-
+# For training, autograd would keep φ(q) and φ(k) of every chunk: 272 numbers a token where q and k have 32. The
+# next file takes the same four steps in place and computes features again on the way back: the form to use on a CPU.
 @torch.compiler.disable  # torch.compile cannot follow products written into reserved room, and would gain nothing here
 @without_autocast
 def chunked_attention(q, k, v, kernel, state=None, return_state=False, chunk_size=None):
     """q, k (B, H, T, D), v (B, H, T, Dv), State or None -> o (B, H, T, Dv), or (o, State) with return_state.
 
-    Any T. Memory beyond inputs and outputs: one state a chunk. Raises as `accept`; ValueError for chunk_size < 1.
+    Any T. Memory beyond inputs and outputs: one state a chunk. chunk_size None takes the chunk of least predicted
+    cost. Raises as `accept`; ValueError for chunk_size < 1.
     """
     dtype = v.dtype if isinstance(v, torch.Tensor) else None
     q, k, v = accept(q, k, v, kernel, state)
-    coefficients, (B, H, T, _), Dv = kernel.coefficients, q.shape, v.shape[-1]
-    if coefficients is None:  # sim = φ(q)·φ(k): the linear polynomial of the features, √D undoing that of s
-        q, k = kernel.features(q), kernel.features(k)
-        coefficients = (0.0, math.sqrt(q.shape[-1]), 0.0)
-    D, P, V = q.shape[-1], kernel.num_features, Dv + 8 - Dv % 8
     if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
         raise ValueError(f"chunk_size must be a positive integer or None, got {chunk_size!r}")
-    C = min(T, chunk_size or best_chunk(B * H, T, D, V, P))
-    S = None
-    if state is not None:  # z becomes the columns of S that belong to the ones
-        S = torch.cat([state.S, state.z.unsqueeze(-1).expand(-1, -1, -1, V - Dv)], dim=-1).flatten(0, 1).to(q.dtype)
-    o, S = ChunkedAttention.apply(*(x.flatten(0, 1) for x in (q, k, v)), S, coefficients, C, return_state)
-    o = o.unflatten(0, (B, H)).to(dtype)
-    if not return_state:
-        return o
-    S = S.unflatten(0, (B, H))  # (B, H, P, V)
-    return o, State(S[..., :Dv], S[..., Dv])
+    chunked = import_module("02_linear_attention_chunked")
+    o, S, z = chunked.sweep(q, k, v, kernel, *(state or (None, None)), chunk_size, return_state)
+    return (o.to(dtype), State(S, z)) if return_state else o.to(dtype)
 
 
 @torch.compiler.assume_constant_result  # torch.compile cannot trace an import: it asks once and keeps the answer
@@ -486,8 +231,9 @@ def distance(found, expected):
 
 
 def check_forms_agree():
-    """Linear, recurrent and chunked equal the quadratic form, outputs and gradients, every kernel, within 1e-9."""
-    forms = (linear_attention, recurrent_attention, functools.partial(chunked_attention, chunk_size=8))
+    """Linear, recurrent and both chunked forms equal the quadratic one, outputs and gradients, every kernel, within 1e-9."""
+    forms = (linear_attention, recurrent_attention,
+             *(functools.partial(form, chunk_size=8) for form in (chunked_in_four_steps, chunked_attention)))
     for name, kernel in kernels.all_kernels(4, heads=3).items():
         inputs = example(kernel, T=29)
         expected = quadratic_attention(*inputs, kernel)

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 
 kernels = import_module("01_kernels")
 la = import_module("02_linear_attention")
+chunked = import_module("02_linear_attention_chunked")
 
 # %% What each form must cost, before it is timed
 # Forward, per head. FLOPs are multiplications and additions; bytes are those that cannot stay in cache: every pass of
@@ -42,7 +43,7 @@ def predicted_cost(form, T, D=16, Dv=64, P=136):
         return 4 * T * P * Dv, 4 * 4 * T * P * Dv, 4 * 3 * T * P * Dv, 10
     if form == "recurrent":
         return 4 * T * P * Dv, 4 * 5 * T * P * Dv, 4 * P * Dv, 25 * T
-    C = la.best_chunk(1, T, D, Dv + 8, P)
+    C = chunked.best_chunk(1, T, D, Dv + 8, P)
     return T * (4 * P * Dv + 2 * C * (D + Dv)), 8 * T * (D + Dv) + 8 * P * Dv * T // C, 4 * T * Dv, 20 * T // C
 
 

@@ -11,8 +11,10 @@ NAMES = list(kernels.all_kernels(4))
 CHUNK = 8
 CHUNKED = pytest.param(lambda *a, **o: la.chunked_attention(*a, chunk_size=CHUNK, **o), id="chunked")
 BEST = pytest.param(la.chunked_attention, id="best_chunk")
-FORMS = [pytest.param(la.linear_attention, id="linear"), pytest.param(la.recurrent_attention, id="recurrent"), CHUNKED]
-WITH_STATE = [pytest.param(la.recurrent_attention, id="recurrent"), CHUNKED, BEST]
+STEPS = pytest.param(lambda *a, **o: la.chunked_in_four_steps(*a, chunk_size=CHUNK, **o), id="four_steps")
+RECURRENT = pytest.param(la.recurrent_attention, id="recurrent")
+FORMS = [pytest.param(la.linear_attention, id="linear"), RECURRENT, STEPS, CHUNKED]
+WITH_STATE = [RECURRENT, STEPS, CHUNKED, BEST]
 
 
 def positive_example(T, dtype=torch.float32, B=2, H=3, D=16, Dv=20, seed=0):
@@ -185,26 +187,6 @@ def test_strided_inputs():
     q, k, v = (torch.rand(2, 60, 3, size, dtype=torch.float64).transpose(1, 2)[:, :, ::2] for size in (8, 8, 5))
     expected = la.quadratic_attention(q.contiguous(), k.contiguous(), v.contiguous(), kernel)
     torch.testing.assert_close(la.chunked_attention(q, k, v, kernel, chunk_size=7), expected, rtol=1e-9, atol=1e-12)
-
-
-@pytest.mark.parametrize("groups", [1, 2])
-def test_many_heads_are_worked_on_in_groups(groups, monkeypatch):
-    """The split of B·H changes nothing."""
-    kernel = kernels.ReBasedKernel(4, heads=3)
-    inputs = la.example(kernel, T=30, B=3)
-    expected = la.quadratic_attention(*inputs, kernel)
-    monkeypatch.setattr(la, "head_groups", lambda q: [slice(0, 5), slice(5, 9)] if groups == 2 else [slice(0, 9)])
-    o = la.chunked_attention(*inputs, kernel, chunk_size=8)
-    upstream = torch.randn_like(o)
-    pairs = zip(torch.autograd.grad(o, inputs, upstream), torch.autograd.grad(expected, inputs, upstream), strict=True)
-    assert la.distance([o], [expected]) < 1e-9 and all(la.distance([a], [b]) < 1e-9 for a, b in pairs)
-
-
-def test_chunk_choice_follows_the_cost():
-    """Short sequences are one chunk; long ones are not cut to pieces, nor left quadratic."""
-    assert la.best_chunk(4, 20, 16, 80, 136, threads=1) == 20
-    one, two = (la.best_chunk(4, 32_768, 16, 80, 136, threads) for threads in (1, 2))
-    assert 64 <= one <= two <= 256
 
 
 GOOD = {"q": (2, 3, 10, 8), "k": (2, 3, 10, 8), "v": (2, 3, 10, 5)}

@@ -9,10 +9,11 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted(ROOT.glob("0*.py"))
-# Three looks ahead, each inside a function: `attention` of 02 looks for the GPU kernels; its main(), and that of the
-# kernels, for the file that measures.
+# Looks ahead, each inside a function: `chunked_attention` of 02 calls the fast sweeps, `attention` looks for the GPU
+# kernels, and main() of 02 and of the kernels calls the file that measures.
 EXCEPTIONS = {
     ("02_linear_attention", "02_linear_attention_triton"),
+    ("02_linear_attention", "02_linear_attention_chunked"),
     ("02_linear_attention", "02_linear_attention_cost"),
     ("02_linear_attention_triton", "02_linear_attention_triton_benchmark"),
 }
