@@ -27,7 +27,6 @@ import argparse
 import functools
 import math
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from typing import NamedTuple
 
@@ -226,46 +225,27 @@ def backward_sweep(q, k, v, o, inverse, past, R, do, grads, coefficients, C, G):
     return R
 
 
-GROUP = 1024  # tokens times heads of a group: its features fit in a core's cache
+GROUP = 1024  # tokens times heads of a group, a core: their features fit in its cache
 
 
 def parts(q, C):
     """(times, C, G) of the parts of q (N, T, D) that one sweep takes: whole groups of G chunks; whole chunks; the rest."""
-    T, tokens = q.shape[1], 2**16 if q.is_cuda else GROUP
+    T, tokens = q.shape[1], 2**16 if q.is_cuda else GROUP * torch.get_num_threads()
     G = max(1, tokens // (len(q) * C))
     groups, chunks = T - T % (G * C), T - T % C
     cuts = (0, groups, C, G), (groups, chunks, C, (chunks - groups) // C), (chunks, T, T - chunks, 1)
     return [(slice(start, end), c, g) for start, end, c, g in cuts if start < end]
 
-# %% A core for each few heads
-# Heads do not meet. Few at a time keep a chunk in a core's cache; and cores that each sweep heads of their own meet only
-# at the end, where cores that share the products of one chunk would wait for each other many times a millisecond.
-TOGETHER = 16
+# %% Few heads at a time
+# Heads do not meet, so some can wait: few enough at once that a chunk of theirs stays in each core's cache. (A thread for
+# each few heads was tried and is slower: between products the threads wait for each other at Python's lock.)
+TOGETHER = 16  # heads a core
 
 
 def head_groups(q):
-    """Slices of N: few heads, so that a chunk of theirs stays in a core's cache, and work for every core."""
-    N, threads = len(q), torch.get_num_threads()
-    together = N if q.is_cuda else min(TOGETHER, math.ceil(N / threads))
-    return [slice(n, n + together) for n in range(0, N, together)]
-
-
-def in_threads(sweep, slices):
-    """[sweep(heads) for heads in slices], a core for each: cores that share the work of one chunk wait for each other."""
-    threads = torch.get_num_threads()
-    if threads == 1 or len(slices) == 1:
-        return [sweep(heads) for heads in slices]
-
-    def alone(heads):
-        torch.set_num_threads(1)
-        with torch.no_grad():
-            return sweep(heads)
-
-    try:
-        with ThreadPoolExecutor(threads) as pool:
-            return list(pool.map(alone, slices))
-    finally:
-        torch.set_num_threads(threads)
+    """Slices of N; all of N at once on a GPU."""
+    N, together = len(q), TOGETHER * torch.get_num_threads()
+    return [slice(None)] if q.is_cuda else [slice(n, n + together) for n in range(0, N, together)]
 
 
 class ChunkedAttention(torch.autograd.Function):
@@ -287,7 +267,7 @@ class ChunkedAttention(torch.autograd.Function):
                 state = forward_sweep(*inputs, before, state, keep or times.stop < T, coefficients, c, G)
             return state
 
-        final = in_threads(sweep, head_groups(q))
+        final = [sweep(heads) for heads in head_groups(q)]
         ctx.save_for_backward(q, k, v, o, inverse, past)
         ctx.rest = S is not None, coefficients, C
         return o, torch.cat(final) if keep else None
@@ -306,29 +286,31 @@ class ChunkedAttention(torch.autograd.Function):
                 R = backward_sweep(*inputs, before, R, do[heads, times], out, coefficients, c, G)
             return R
 
-        first = in_threads(sweep, head_groups(q))
+        first = [sweep(heads) for heads in head_groups(q)]
         return *grads, torch.cat(first) if started else None, None, None, None
 
 # %% The chunk of least cost
 # A short chunk spends its time on states and on calls, a long one on weights that the mask throws away. Per token and
 # head, in FLOPs: 2C(D + V) inside and 4PV through the state. What is not a matrix product is charged at the ratio of
-# the two rates (an element-wise pass reaches about 1/20 of the FLOP rate of a product), and the calls of a chunk, two or
-# three for its state, at the FLOPs a product would do meanwhile.
-PASS, STEP = 20, 4e6
+# the two rates (an element-wise pass reaches about 1/20 of the FLOP rate of a product). More threads share all this,
+# but not the calls: two or three a chunk for the state. (Those of a group are the same for every C: a group is so many
+# tokens and heads that its features fit in a core's cache.)
+PASS, STEP = 20, 4e6  # FLOPs an element-wise step, a chunk
 
 
-def predicted_chunk_cost(C, heads, T, D, V, P):
-    """FLOPs, or what takes as long, per token and head of the forward sweep over `heads` at once."""
+def predicted_chunk_cost(C, N, T, D, V, P, threads):
+    """FLOPs, or what takes as long, per token and head of the forward sweep."""
     chunks = math.ceil(T / C)
     inside = C * (2 * (D + V) + 4 * PASS)
     through_state = (4 * P * V + 3 * P * PASS) * (1 - 1 / chunks)
-    return inside + through_state + STEP * (chunks > 1) / (C * heads)
+    return (inside + through_state) / threads + STEP * (chunks > 1) / (C * min(N, TOGETHER * threads))
 
 
-def best_chunk(heads, T, D, V, P):
+def best_chunk(N, T, D, V, P, threads=None):
     """The power of two from 16 to 512 of least predicted cost; T itself if that is shorter."""
+    threads = threads or torch.get_num_threads()
     candidates = [min(C, T) for C in (16, 32, 64, 128, 256, 512)]
-    return min(candidates, key=lambda C: predicted_chunk_cost(C, heads, T, D, V, P))
+    return min(candidates, key=lambda C: predicted_chunk_cost(C, N, T, D, V, P, threads))
 
 # %% The whole form
 def sweep(q, k, v, kernel, S=None, z=None, chunk_size=None, keep=False):
@@ -342,7 +324,7 @@ def sweep(q, k, v, kernel, S=None, z=None, chunk_size=None, keep=False):
         coefficients = (0.0, math.sqrt(q.shape[-1]), 0.0)
     D, P, V = q.shape[-1], kernel.num_features, Dv + 8 - Dv % 8
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # (N, T, ...)
-    C = min(T, chunk_size or best_chunk(len(q[head_groups(q)[0]]), T, D, V, P))
+    C = min(T, chunk_size or best_chunk(len(q), T, D, V, P))
     if S is not None:  # z becomes the columns of S that belong to the ones
         S = torch.cat([S, z.unsqueeze(-1).expand(-1, -1, -1, V - Dv)], dim=-1).flatten(0, 1).to(q.dtype)
     o, S = ChunkedAttention.apply(q, k, v, S, coefficients, C, keep)
@@ -408,16 +390,16 @@ def print_table():
     kernel = kernels.ReBasedKernel(D)
     inputs = [*torch.rand(2, 1, HEADS, T, D).add_(0.1), torch.randn(1, HEADS, T, Dv)]
     inputs = [x.requires_grad_() for x in inputs]
-    heads, costs = len(range(HEADS)[head_groups(inputs[0][0])[0]]), {}
-    print(f"ReBased, float32, B=1 H={HEADS} T={T:,} D={D} Dv={Dv}, {torch.get_num_threads()} threads; C predicted best: "
-          f"{best_chunk(heads, T, D, Dv + 8, kernel.num_features)}\n")
+    costs, threads = {}, torch.get_num_threads()
+    print(f"ReBased, float32, B=1 H={HEADS} T={T:,} D={D} Dv={Dv}, {threads} threads; C predicted best: "
+          f"{best_chunk(HEADS, T, D, Dv + 8, kernel.num_features)}\n")
     print(f"{'form':24}{'C':>5}{'FLOPs a token':>15}{'forward':>12}{'+ backward':>12}{'kept':>10}")
     for form, C in [(la.chunked_in_four_steps, 64)] + [(la.chunked_attention, C) for C in (16, 32, 64, 128, 256, 512)]:
         forward = functools.partial(form, *inputs, kernel, chunk_size=C)
         with torch.no_grad():
             alone = milliseconds(forward)
         both = milliseconds(lambda: torch.autograd.grad(forward().sum(), inputs))  # noqa: B023
-        flops = predicted_chunk_cost(C, heads, T, D, Dv + 8, kernel.num_features)
+        flops = predicted_chunk_cost(C, HEADS, T, D, Dv + 8, kernel.num_features, threads)
         fast = form is la.chunked_attention
         costs |= {C: (flops, alone)} if fast else {}
         print(f"{form.__name__:24}{C:5}" + (f"{flops:15,.0f}" if fast else f"{'':15}")
