@@ -198,11 +198,13 @@ def draw_grid(rows, search_seeds, path):
                 axis.errorbar(beside, mean, std, marker="o", capsize=3, color=f"C{i}", label=title(mixer))
             if theirs:
                 axis.plot(*zip(*theirs, strict=True), "x:", color=f"C{i}", alpha=0.6)
-        axis.set(title=f"T = {T:,}, {K} pairs", xlabel="d_model", xscale="log", ylim=(-0.05, 1.05))
+        axis.set(title=f"T = {T:,}, {K} pairs", xlabel="d_model", xscale="log", ylim=(-0.05, 1.15))
         axis.set_xticks(widths, list(map(str, widths)), minor=False)
         axis.minorticks_off()
-    axes[0, 0].set_ylabel("best test accuracy (× the paper's)")
-    axes[0, -1].legend(frameon=False, fontsize=8)
+    any_published = any(published(mixer, T, K, d) is not None for mixer in mixers for T, K in lengths for d in widths)
+    axes[0, 0].set_ylabel("best test accuracy" + " (× the paper's)" * any_published)
+    labels = {label: mark for axis in axes[0] for mark, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(labels.values(), labels.keys(), frameon=False, fontsize=8, loc="outside right upper")
     save(figure, path)
 
 
@@ -349,7 +351,7 @@ def draw_look(rows, search_seeds, path):
         picture = row["picture"]
         axis.imshow(picture["weights"], aspect="auto", cmap="Greys", vmin=0, interpolation="nearest")
         axis.plot(picture["right"], range(len(picture["right"])), "o", markersize=5, markerfacecolor="none", color="C3")
-        axis.set(title=title(row["mixer"]), yticks=[])
+        axis.set(title=f"{title(row['mixer'])}, d = {row['d_model']}", yticks=[])
     figure.supxlabel("place in the context (circle: the value asked for)", fontsize=9)
     figure.supylabel("query", fontsize=9)
     save(figure, path)
