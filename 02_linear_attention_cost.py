@@ -229,8 +229,9 @@ def benchmark(figure):
     rows = []
     for backward in (False, True):
         rows += print_part(backward)
+    origin = kernels.provenance(la.__file__, ["--benchmark", "--threads", str(torch.get_num_threads())])
     with path.open("a") as file:
-        file.writelines(json.dumps(row | kernels.provenance(la.__file__, ["--benchmark"])) + "\n" for row in rows)
+        file.writelines(json.dumps(row | origin) + "\n" for row in rows)
     print(f"rows: {path}")
     draw(curves(rows), figure, "attention on a CPU (dotted: forward; solid: forward and backward)")
 

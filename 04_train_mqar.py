@@ -16,7 +16,7 @@ References: [P], [C] as in 01; [Z] Arora et al., Zoology, arXiv 2312.04927, gith
 
 Run: python 04_train_mqar.py                        5 mixers × 3 seeds, about 4 minutes on two cores
      python 04_train_mqar.py --preset ladder        every kernel with a floor of ½ and without, 5 seeds: 50 minutes
-     python 04_train_mqar.py --preset laptop        seven systems, three widths, 5 seeds: an estimated hour
+     python 04_train_mqar.py --preset laptop        seven systems, three widths, 5 seeds: 45 minutes
      python 04_train_mqar.py --preset paper         Figure 1 of [P]: for GPUs; --shard 1/8 for the first of 8 machines
      python 04_train_mqar.py --preset paper-ladder  Table 1 of [P], likewise
 All of them continue where they were interrupted.
