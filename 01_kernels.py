@@ -29,11 +29,7 @@ Run: python 01_kernels.py      (5 seconds: a table, its reading, runs/01_kernels
 # %%
 import argparse
 import math
-import os
-import platform
-import subprocess
 import sys
-from datetime import date
 from pathlib import Path
 
 import torch
@@ -351,22 +347,6 @@ def writable(path):
     except OSError as error:
         raise argparse.ArgumentTypeError(f"cannot write {path}: {error.strerror}; choose another path") from None
     return path
-
-
-def provenance(file, argv):
-    """What a reader of a result must know: command, commit, day, machine, version."""
-    file = Path(file)
-    git = ["git", "-C", str(file.parent.resolve()), "describe", "--always", "--dirty"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"
-    cpuinfo = Path("/proc/cpuinfo")  # Linux; elsewhere platform knows the model
-    models = [line.split(": ")[1] for line in cpuinfo.read_text().splitlines() if line.startswith("model name")] \
-        if cpuinfo.exists() else []
-    hardware = f"{models[0] if models else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
-    return {"command": " ".join(["python", file.name, *argv]), "commit": commit, "date": date.today().isoformat(),
-            "hardware": hardware, "torch": torch.__version__}
 
 
 def pyplot():

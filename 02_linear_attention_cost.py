@@ -7,7 +7,8 @@ You will learn
   1. which form is bound by arithmetic, which by memory, which by calls, and how well a prediction from three numbers
      of the machine holds;
   2. from which length on linear attention is ahead of softmax on a CPU;
-  3. how to time on a noisy machine: contenders in turns, medians; memory in a process of its own.
+  3. how to time on a noisy machine: contenders in turns, medians; memory in a process of its own; and what a number
+     must carry with it: command, commit, machine, day.
 
 Letters: as in 02. References: as in 02; softmax is torch.nn.functional.scaled_dot_product_attention.
 
@@ -19,7 +20,11 @@ import functools
 import json
 import math
 import multiprocessing
+import os
+import platform
+import subprocess
 import time
+from datetime import date
 from importlib import import_module
 from pathlib import Path
 
@@ -63,6 +68,22 @@ def interleaved(calls, repeats=5):
             call()
             times[name] += [time.perf_counter() - start] if turn else []
     return {name: sorted(values)[repeats // 2] for name, values in times.items()}
+
+# %% Where a number comes from
+def provenance(file, argv):
+    """What a reader of a result must know: command, commit, day, machine, version."""
+    file = Path(file)
+    git = ["git", "-C", str(file.parent.resolve()), "describe", "--always", "--dirty"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
+    cpuinfo = Path("/proc/cpuinfo")  # Linux; elsewhere platform knows the model
+    models = [line.split(": ")[1] for line in cpuinfo.read_text().splitlines() if line.startswith("model name")] \
+        if cpuinfo.exists() else []
+    hardware = f"{models[0] if models else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    return {"command": " ".join(["python", file.name, *argv]), "commit": commit, "date": date.today().isoformat(),
+            "hardware": hardware, "torch": torch.__version__}
 
 # %% Timing the forms
 HEADS, SIZE, VALUE_SIZE = 4, 16, 64  # B = 1; softmax gets heads of 64 for q, k and v, as a transformer would
@@ -229,7 +250,7 @@ def benchmark(figure):
     rows = []
     for backward in (False, True):
         rows += print_part(backward)
-    origin = kernels.provenance(la.__file__, ["--benchmark", "--threads", str(torch.get_num_threads())])
+    origin = provenance(la.__file__, ["--benchmark", "--threads", str(torch.get_num_threads())])
     with path.open("a") as file:
         file.writelines(json.dumps(row | origin) + "\n" for row in rows)
     print(f"rows: {path}")

@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 
 kernels, linear = import_module("01_kernels"), import_module("02_linear_attention")
+cost = import_module("02_linear_attention_cost")
 gpu = import_module("02_linear_attention_triton")  # says in one line that Triton is missing, where it is
 triton = gpu.triton
 
@@ -125,7 +126,7 @@ def write_rows(name, rows):
     """Append to runs/{name}.jsonl what was found and where."""
     path = kernels.writable(f"runs/{name}.jsonl")
     with path.open("a") as file:
-        file.writelines(json.dumps(kernels.provenance(gpu.__file__, []) | row) + "\n" for row in rows)
+        file.writelines(json.dumps(cost.provenance(gpu.__file__, []) | row) + "\n" for row in rows)
     print(f"rows: {path}\n")
 
 # %% The floor: what segments of 512 must cost

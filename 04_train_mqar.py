@@ -38,6 +38,7 @@ import torch
 import torch.nn.functional as F
 
 kernels = import_module("01_kernels")
+cost = import_module("02_linear_attention_cost")
 models = import_module("03_model")
 data = import_module("04_mqar_data")
 reports = import_module("04_mqar_report")
@@ -517,7 +518,7 @@ def main(argv=None):
     data.show_example()
     start = time.perf_counter()
     try:
-        extra = kernels.provenance(__file__, sys.argv[1:] if argv is None else argv)
+        extra = cost.provenance(__file__, sys.argv[1:] if argv is None else argv)
         rows = sweep(experiment, path, options.workers, options.shard, extra)
     except ValueError as error:
         parser.error(str(error))

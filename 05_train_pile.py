@@ -594,7 +594,7 @@ def check_first(options, settings, place, out):
 def train_and_compare(options, settings, place, argv):
     """Train each mixer, evaluate it, show the table; returns how many checks failed."""
     started, out, main = time.time(), options.out or Path("runs/pile"), place.rank == 0
-    source = kernels.provenance(__file__, argv)  # now: the commit may be another one when the run ends
+    source = cost.provenance(__file__, argv)  # now: the commit may be another one when the run ends
     check_first(options, settings, place, out)
     vocabulary = pile_data.make_vocabulary(settings.tokenizer, options.tokenizer_file)
     with pile_data.claim(out) if main else nullcontext():

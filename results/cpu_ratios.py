@@ -77,7 +77,7 @@ def main():
             for key in ("seconds", "over_chunked", "one_core_over_two"):
                 tqdm.write(f"  {key:18}" + "   ".join(f"{name} {value:.4g}" for name, value in rows[-1][key].items()))
     with kernels.writable("runs/cpu_ratios.jsonl").open("a") as file:
-        file.writelines(json.dumps(row | kernels.provenance(__file__, [])) + "\n" for row in rows)
+        file.writelines(json.dumps(row | cost.provenance(__file__, [])) + "\n" for row in rows)
 
 
 if __name__ == "__main__":
