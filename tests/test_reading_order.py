@@ -50,7 +50,7 @@ def test_the_test_itself_sees_a_wrong_import(tmp_path):
 def test_importing_prints_nothing_and_writes_nothing(tmp_path):
     """All files in one process, in order: starting PyTorch for each would take most of the time of these tests."""
     names = [path.stem for path in FILES if "triton" not in path.stem or importlib.util.find_spec("triton")]
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from importlib import import_module; list(map(import_module, {names}))"
+    code = f"import importlib, sys; sys.path.insert(0, {str(ROOT)!r}); list(map(importlib.import_module, {names}))"
     done = subprocess.run([sys.executable, "-B", "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and done.stdout == done.stderr == "" and not list(tmp_path.iterdir()), done.stderr
 
