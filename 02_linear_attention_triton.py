@@ -1,6 +1,6 @@
 """02 · Linear attention on a GPU: the chunked form as kernels, forward and backward
 
-Aim: run the four steps of `chunked_attention` on chip, so that φ(q) and φ(k) never touch memory and time grows with T.
+Aim: run the four steps of `chunked_in_four_steps` on chip, so that φ(q) and φ(k) never touch memory and time grows with T.
 
 You will learn
   1. why a GPU wants long chunks, and what that makes of the four steps;
@@ -8,7 +8,7 @@ You will learn
   3. a backward pass through the normaliser, whose sums over later queries are the state kernel in reverse;
   4. how to test kernels without a GPU: interpret them, compile them for a card that is not there.
 
-Equations, for sim = u² + floor with u = scale·q·k + shift (`complete_square` of 02)
+Equations, for sim = u² + floor with u = scale·q·k + shift (`complete_square` of the chunked form)
   forward    o_i = Σ_j w_ij v_j / den_i,  den_i = Σ_j w_ij + ε;  earlier segments: S = Σ φ(k_j) v_jᵀ, z = Σ φ(k_j)
   backward   δ_i = do_i·o_i,  dw_ij = (do_i·v_j − δ_i)/den_i,  du_ij = 2 u_ij dw_ij
              dq_i = scale Σ_j du_ij k_j,  dk_j = scale Σ_i du_ij q_i,  dv_j = Σ_i (w_ij/den_i) do_i
@@ -37,7 +37,7 @@ try:
 except ImportError:
     raise (SystemExit if __name__ == "__main__" else ImportError)(MISSING) from None
 
-linear = import_module("02_linear_attention")
+linear, chunked = import_module("02_linear_attention"), import_module("02_linear_attention_chunked")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # read by Triton when it is imported: kernels then run on a CPU
 
 # %% Sizes
@@ -268,9 +268,9 @@ def key_kernel(q, k, v, do, dk, dv, inverse, delta, table, states, scale, shift,
 def set_up(q, v, coefficients, segment):
     """Two functions that launch: on_tiles, a kernel on all tiles; sum_states, the state kernel and the scan."""
     (N, T, D), coefficients = q.shape, tuple(coefficients)
-    sizes = sizes_for(D, v.shape[-1], linear.count_features(coefficients, D), v.dtype, segment)
+    sizes = sizes_for(D, v.shape[-1], chunked.count_features(coefficients, D), v.dtype, segment)
     fixed = Sizes(*map(tl.constexpr, sizes))  # known to the compiler
-    table, (scale, shift, floor, _) = feature_table(coefficients, D, q.device), linear.complete_square(coefficients, D)
+    table, (scale, shift, floor, _) = feature_table(coefficients, D, q.device), chunked.complete_square(coefficients, D)
 
     def on_tiles(kernel, tensors, states, first):
         kernel[(N * triton.cdiv(T, sizes.TILE),)](*tensors, table, states, scale, shift, floor, T, states.shape[1], first,
@@ -292,7 +292,7 @@ def set_up(q, v, coefficients, segment):
 def room(q, v, coefficients, segment):
     """Empty o, low, 1/den (N, T) and states (N, segments + 1, STATE)."""
     (N, T, D), inverse = q.shape, q.new_empty(q.shape[:2], dtype=torch.float32)
-    P = linear.count_features(coefficients, int(D))  # int: a symbolic D becomes this one
+    P = chunked.count_features(coefficients, int(D))  # int: a symbolic D becomes this one
     states = inverse.new_empty(N, -(-T // segment) + 1, sizes_for(D, int(v.shape[-1]), P, v.dtype).STATE)
     return torch.empty_like(v), torch.empty_like(v, dtype=torch.bfloat16), inverse, states
 
