@@ -136,7 +136,7 @@ def count_features(coefficients, D):
     c0, c1, c2 = coefficients
     return bool(c0) + bool(c1) * D + bool(c2) * D * (D + 1) // 2
 
-# %% The forward sweep: four steps a group
+# %% The forward sweep: the four steps of 02, a group at a time
 def in_groups(x, C, G):
     """x (N, T, d) -> views (G, N, C, d) of its chunks, G at a time."""
     return x.unflatten(1, (-1, C)).transpose(0, 1).split(G)
@@ -157,7 +157,7 @@ def forward_sweep(q, k, v, o, inverse, past, S, keep, coefficients, C, G):
         v1[..., :Dv] = vg
         # 1. Inside a chunk: the quadratic form.
         torch.bmm(weigh(inner(qg, kg, weight, out=u), weight), v1.flatten(0, 1), out=num.flatten(0, 1))
-        # 2. Everything before: the state, read by φ(q); then the chunk joins it (the last: only if somebody goes on).
+        # 2, 4. Everything before: the state, read by φ(q); then the chunk joins it (the last: only if somebody goes on).
         if states:
             for n, fq, fk, x in zip(num, phi_q(qg).split(N), phi_k(kg).split(N), v1, strict=True):
                 if S is not None:
