@@ -259,7 +259,7 @@ class ChunkedAttention(torch.autograd.Function):
             past = v.new_empty(chunks, N, count_features(coefficients, D), with_ones(v[:1, :1]).shape[-1])
             past[0] = 0
 
-        def sweep(heads):
+        def sweep_of(heads):
             state = None if S is None else S[heads].clone()
             for times, c, G in parts(q[heads], C):
                 before = None if past is None else past[times.start // C :, heads][: (times.stop - times.start) // c]
@@ -267,7 +267,7 @@ class ChunkedAttention(torch.autograd.Function):
                 state = forward_sweep(*inputs, before, state, keep or times.stop < T, coefficients, c, G)
             return state
 
-        final = [sweep(heads) for heads in head_groups(q)]
+        final = [sweep_of(heads) for heads in head_groups(q)]
         ctx.save_for_backward(q, k, v, o, inverse, past)
         ctx.rest = S is not None, coefficients, C
         return o, torch.cat(final) if keep else None
@@ -278,7 +278,7 @@ class ChunkedAttention(torch.autograd.Function):
         (q, k, v, o, inverse, past), (started, coefficients, C) = ctx.saved_tensors, ctx.rest
         grads = [torch.empty_like(x) for x in (q, k, v)]
 
-        def sweep(heads):
+        def sweep_of(heads):
             R = None if dS is None else dS[heads].clone()
             for times, c, G in reversed(parts(q[heads], C)):
                 before = None if past is None else past[times.start // C :, heads][: (times.stop - times.start) // c]
@@ -286,7 +286,7 @@ class ChunkedAttention(torch.autograd.Function):
                 R = backward_sweep(*inputs, before, R, do[heads, times], out, coefficients, c, G)
             return R
 
-        first = [sweep(heads) for heads in head_groups(q)]
+        first = [sweep_of(heads) for heads in head_groups(q)]
         return *grads, torch.cat(first) if started else None, None, None, None
 
 # %% The chunk of least cost
