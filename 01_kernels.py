@@ -335,6 +335,13 @@ def parse_arguments(parser, argv):
     return parser.parse_args([] if argv is None and "ipykernel" in sys.modules else argv)
 
 
+def positive(text):
+    """An argparse type: an integer of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
+    return int(text)
+
+
 def writable(path):
     """An argparse type: the path if it can be written, its folder made; asked before any work is done."""
     path = Path(path)
@@ -420,9 +427,10 @@ def main(argv=None):
     options = parse_arguments(parser, argv)
     print_table()
     lost, kept = (irrelevant_share(SHOWN[name], 8192) for name in ("Based", "ReBased"))
-    print(f"\nAt 8,192 tokens Based gives {lost:.1%} of its attention to what does not matter, however well it is trained,")
-    print(f"for no token weighs less than ½; ReBased can give {kept:.0%}, for its weight reaches 0. The last column is what")
-    print("scatter costs: without a floor the loss shrinks with the scatter and can be learned away, with one it cannot.\n")
+    print(f"\nAt 8,192 tokens Based gives {lost:.1%} of its attention to what does not matter, however well it is trained, while")
+    print(f"scores stay within ±{REACH}: no token weighs less than ½. ReBased can give {kept:.0%}, for its weight reaches 0. The")
+    print("last column is what scatter costs: without a floor the loss shrinks with the scatter and can be learned away, with")
+    print("one it cannot.\n")
     draw(options.figure)
     return run_checks(CHECKS)
 

@@ -93,12 +93,24 @@ def quadratic_attention(q, k, v, kernel, positions=None):
     """q, k (B, H, T, D), v (B, H, T, Dv) -> o (B, H, T, Dv). Needs no features. [P 3]
 
     With positions (B, n): q (B, H, n, D) holds the queries of those places only, o is (B, H, n, Dv).
-    Raises TypeError, ValueError as `accept` does.
+    Raises TypeError, ValueError as `accept` does, and for positions that are not places of the sequence.
     """
     dtype = v.dtype if isinstance(v, torch.Tensor) else None
-    q, k, v = accept(q, k, v, kernel, T=None if positions is None else positions.shape[-1])
+    q, k, v = accept(q, k, v, kernel, T=None if positions is None else check_positions(positions, k))
     weights = causal_weights(q, k, kernel, positions)  # (B, H, T or n, T)
     return (weights @ v / (weights.sum(-1, keepdim=True) + EPS)).to(dtype)
+
+
+def check_positions(positions, k):
+    """The number n of positions (B, n), int64, each from 0 to T − 1 (read on a CPU only: a GPU would have to wait)."""
+    if not isinstance(positions, torch.Tensor) or positions.dtype != torch.int64:
+        raise TypeError(f"positions must be an int64 tensor, got {getattr(positions, 'dtype', type(positions).__name__)}")
+    B, T = (k.shape[0], k.shape[2]) if isinstance(k, torch.Tensor) and k.ndim == 4 else (None, None)
+    if positions.ndim != 2 or positions.shape[0] != (B or positions.shape[0]):
+        raise ValueError(f"positions must be (B, n) with B = {B}, got shape {tuple(positions.shape)}")
+    if T and positions.numel() and not positions.is_cuda and not 0 <= positions.min() <= positions.max() < T:
+        raise ValueError(f"positions must lie from 0 to {T - 1}, got {positions.min().item()} to {positions.max().item()}")
+    return positions.shape[1]
 
 
 def causal_weights(q, k, kernel, positions=None):
@@ -110,7 +122,7 @@ def causal_weights(q, k, kernel, positions=None):
 
 # %% 2. Linear: the textbook form
 # Sums instead of meetings: one cumulative sum over time of φ(k_j) v_jᵀ. No T², but every prefix is written out,
-# P·Dv = 8,704 numbers a token: linear in T, and yet the slowest form at the lengths of the table. Read it; do not use it.
+# P·Dv = 8,704 numbers a token: linear in T, and yet the slowest of all as far as it was timed. Read it; do not use it.
 @without_autocast
 def linear_attention(q, k, v, kernel):
     """q, k (B, H, T, D), v (B, H, T, Dv) -> o (B, H, T, Dv), in memory T·P·Dv. [P 3, K 3.2]"""
@@ -129,7 +141,10 @@ def linear_attention(q, k, v, kernel):
 def recurrent_step(q, k, v, kernel, state=None):
     """One token: q, k (B, H, D), v (B, H, Dv), state or None -> o (B, H, Dv) and the next State. [K 3.3]"""
     dtype = v.dtype if isinstance(v, torch.Tensor) else None
-    q, k, v = (x.unsqueeze(2) if isinstance(x, torch.Tensor) and x.ndim == 3 else x for x in (q, k, v))
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if isinstance(x, torch.Tensor) and x.ndim != 3:
+            raise ValueError(f"{name} must be one token, (B, H, size), got shape {tuple(x.shape)}")
+    q, k, v = (x.unsqueeze(2) if isinstance(x, torch.Tensor) else x for x in (q, k, v))
     q, k, v = (x.squeeze(2) for x in accept(q, k, v, kernel, state))
     phi_q, phi_k = kernel.features(q), kernel.features(k)  # (B, H, P)
     S, z = phi_k.unsqueeze(-1) * v.unsqueeze(-2), phi_k
@@ -178,7 +193,8 @@ def chunked_in_four_steps(q, k, v, kernel, state=None, return_state=False, chunk
 
 
 # For training, autograd would keep φ(q) and φ(k) of every chunk: 272 numbers a token where q and k have 32. The
-# next file takes the same four steps in place and computes features again on the way back: the form to use on a CPU.
+# next file takes the same four steps in place and computes features again on the way back: on a CPU this is the form to
+# train with and to read a prompt with; `recurrent_step` then speaks, token by token, from the state that it leaves.
 @torch.compiler.disable  # torch.compile cannot follow products written into reserved room, and would gain nothing here
 @without_autocast
 def chunked_attention(q, k, v, kernel, state=None, return_state=False, chunk_size=None):
@@ -286,7 +302,7 @@ def main(argv=None):
                         help="where to draw it (%(default)s)")
     parser.add_argument("--benchmark", action="store_true",
                         help="all forms and softmax, T from 256 to 65,536, forward and backward (15 minutes on one core)")
-    parser.add_argument("--threads", type=int, choices=range(1, 257), metavar="N", help="threads of PyTorch (all cores)")
+    parser.add_argument("--threads", type=kernels.positive, metavar="N", help="threads of PyTorch (all cores)")
     options = kernels.parse_arguments(parser, argv)
     torch.set_num_threads(options.threads or torch.get_num_threads())
     cost = import_module("02_linear_attention_cost")  # the tables: what each form costs

@@ -9,14 +9,14 @@ You will learn
   3. why features are cheaper to compute again than to keep, and how they are laid out to be cheap;
   4. how long a chunk should be, from a count of FLOPs and calls.
 
-Equations, of one head, with w_ij = sim(q_i, k_j), u its root before squaring
+Equations, of one head, with w_ij = sim(q_i, k_j) = u_ij² + floor (or u_ij, if it is no square)
   forward      num_i = Σ_{j≤i} w_ij v_j,  den_i = Σ_{j≤i} w_ij,  o_i = num_i/den_i           [P 3]
   backward     dw_ij = (do_i·v_j − δ_i)/den_i with δ_i = do_i·o_i,   dv_j = Σ_{i≥j} w_ij do_i/den_i
   later chunks R = Σ_i φ(q_i) [do_i, −δ_i]ᵀ/den_i,   dv_j += Rᵀφ(k_j),   dφ(k_j) += R [v_j, 1]ᵀ
 
-Letters: as in 02; N = B·H; o, do output and its gradient; V the width of v with its columns of ones, a multiple of 8
-  (in 03: the vocabulary); c one chunk's length, <= C; G chunks make a group: their G·N heads and chunks are the rows of
-  one product.
+Letters: as in 02; N = B·H, or as many heads of them as a sweep takes at once (in 01: queries); do the gradient of o; V
+  the width of v with its columns of ones, a multiple of 8 (in 03: the vocabulary); c the chunk of a part of the sequence,
+  <= C; G chunks make a group: their G·N heads and chunks are the rows of one product.
 
 References: [P], [K] as in 01, chunks as in 02; the gradient by sums from both ends: [K 3.3.1].
 
@@ -72,12 +72,17 @@ def weigh(u, weight):
     return u.add_(weight.floor).tril_() if weight.floor else u
 
 
+def width(Dv):
+    """V, the next multiple of 8 after Dv."""
+    return Dv + 8 - Dv % 8
+
+
 def with_ones(v):
-    """v (..., Dv) -> [v, 1, ...] (..., V), V the next multiple of 8."""
-    return F.pad(v, (0, 8 - v.shape[-1] % 8), value=1.0)
+    """v (..., Dv) -> [v, 1, ...] (..., V)."""
+    return F.pad(v, (0, width(v.shape[-1]) - v.shape[-1]), value=1.0)
 
 # %% Features, laid out for a chunk
-# The features of 01 in the same order, but with time as the last dimension, (rows, P, c): each rotation of x is then
+# The features of 01 in the same order, but with time as the last dimension, (rows, P, C): each rotation of x is then
 # a run of rows, and all products are one multiplication along memory (main() times it beside the row layout). So cheap,
 # they are computed again by the backward pass: kept for autograd, 136 numbers a token where q has 16, they would fill
 # the memory, and it is memory that makes long sequences slow.
@@ -237,8 +242,7 @@ def parts(q, C):
     return [(slice(start, end), c, g) for start, end, c, g in cuts if start < end]
 
 # %% Few heads at a time
-# Heads do not meet, so some can wait: few enough at once that a chunk of theirs stays in each core's cache. (A thread for
-# each few heads was tried and is slower: between products the threads wait for each other at Python's lock.)
+# Heads do not meet, so some can wait: few enough at once that a chunk of theirs stays in each core's cache.
 TOGETHER = 16  # heads a core
 
 
@@ -256,7 +260,7 @@ class ChunkedAttention(torch.autograd.Function):
         (N, T, D), o, inverse = q.shape, torch.empty_like(v), torch.empty_like(v[..., :1])
         past, chunks = None, math.ceil(T / C)
         if any(ctx.needs_input_grad) and (chunks > 1 or S is not None):
-            past = v.new_empty(chunks, N, count_features(coefficients, D), with_ones(v[:1, :1]).shape[-1])
+            past = v.new_empty(chunks, N, count_features(coefficients, D), width(v.shape[-1]))
             past[0] = 0
 
         def sweep_of(heads):
@@ -322,7 +326,7 @@ def sweep(q, k, v, kernel, S=None, z=None, chunk_size=None, keep=False):
     if coefficients is None:  # sim = φ(q)·φ(k): the linear polynomial of the features, √D undoing that of s
         q, k = kernel.features(q), kernel.features(k)
         coefficients = (0.0, math.sqrt(q.shape[-1]), 0.0)
-    D, P, V = q.shape[-1], kernel.num_features, Dv + 8 - Dv % 8
+    D, P, V = q.shape[-1], kernel.num_features, width(Dv)
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # (N, T, ...)
     C = min(T, chunk_size or best_chunk(len(q), T, D, V, P))
     if S is not None:  # z becomes the columns of S that belong to the ones
@@ -386,23 +390,23 @@ def milliseconds(call):
 
 
 def print_table():
-    """The four steps as autograd runs them, then this file by chunk size; returns {C: (predicted FLOPs, ms)}."""
-    kernel = kernels.ReBasedKernel(D)
+    """The four steps as autograd runs them, then this file by chunk size; returns {C: (predicted cost, ms)}."""
+    kernel, V = kernels.ReBasedKernel(D), width(Dv)
     inputs = [*torch.rand(2, 1, HEADS, T, D).add_(0.1), torch.randn(1, HEADS, T, Dv)]
     inputs = [x.requires_grad_() for x in inputs]
     costs, threads = {}, torch.get_num_threads()
     print(f"ReBased, float32, B=1 H={HEADS} T={T:,} D={D} Dv={Dv}, {threads} threads; C predicted best: "
-          f"{best_chunk(HEADS, T, D, Dv + 8, kernel.num_features)}\n")
-    print(f"{'form':24}{'C':>5}{'FLOPs a token':>15}{'forward':>12}{'+ backward':>12}{'kept':>10}")
+          f"{best_chunk(HEADS, T, D, V, kernel.num_features)}.")
+    print("Predicted cost: FLOPs a token, head and thread, passes and calls charged as FLOPs.\n")
+    print(f"{'form':24}{'C':>5}{'predicted cost':>16}{'forward':>12}{'+ backward':>12}{'kept':>10}")
     for form, C in [(la.chunked_in_four_steps, 64)] + [(la.chunked_attention, C) for C in (16, 32, 64, 128, 256, 512)]:
         forward = functools.partial(form, *inputs, kernel, chunk_size=C)
-        with torch.no_grad():
-            alone = milliseconds(forward)
+        alone = milliseconds(functools.partial(form, *(x.detach() for x in inputs), kernel, chunk_size=C))
         both = milliseconds(lambda: torch.autograd.grad(forward().sum(), inputs))  # noqa: B023
-        flops = predicted_chunk_cost(C, HEADS, T, D, Dv + 8, kernel.num_features, threads)
+        flops = predicted_chunk_cost(C, HEADS, T, D, V, kernel.num_features, threads)
         fast = form is la.chunked_attention
         costs |= {C: (flops, alone)} if fast else {}
-        print(f"{form.__name__:24}{C:5}" + (f"{flops:15,.0f}" if fast else f"{'':15}")
+        print(f"{form.__name__:24}{C:5}" + (f"{flops:16,.0f}" if fast else f"{'':16}")
               + f"{alone:9.1f} ms{both:9.1f} ms{kept_bytes(forward) / 1e6:7.0f} MB")
     return costs
 

@@ -16,6 +16,7 @@ Run: python 02_linear_attention.py                               (prints the fir
      python 02_linear_attention.py --benchmark --threads 1       (15 minutes; rows go to runs/02_benchmark.jsonl)
 """
 # %%
+import argparse
 import functools
 import json
 import math
@@ -23,13 +24,16 @@ import multiprocessing
 import os
 import platform
 import subprocess
+import sys
 import time
 from datetime import date
 from importlib import import_module
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 kernels = import_module("01_kernels")
 la = import_module("02_linear_attention")
@@ -38,6 +42,9 @@ chunked = import_module("02_linear_attention_chunked")
 # %% What each form must cost, before it is timed
 # Forward, per head. FLOPs are multiplications and additions; bytes are those that cannot stay in cache: every pass of
 # the quadratic form over its T² weights, every prefix of the linear one, the state of the recurrent one at each token.
+HEADS, SIZE, VALUE_SIZE = 4, 16, 64  # B = 1; softmax gets heads of 64 for q, k and v, as a transformer would
+
+
 def predicted_cost(form, T, D=16, Dv=64, P=136):
     """(FLOPs, bytes moved, bytes held, calls) of one head in float32. softmax: PyTorch's fused kernel, head size Dv."""
     if form == "softmax":
@@ -48,8 +55,8 @@ def predicted_cost(form, T, D=16, Dv=64, P=136):
         return 4 * T * P * Dv, 4 * 4 * T * P * Dv, 4 * 3 * T * P * Dv, 10
     if form == "recurrent":
         return 4 * T * P * Dv, 4 * 5 * T * P * Dv, 4 * P * Dv, 25 * T
-    C = chunked.best_chunk(1, T, D, Dv + 8, P)
-    return T * (4 * P * Dv + 2 * C * (D + Dv)), 8 * T * (D + Dv) + 8 * P * Dv * T // C, 4 * T * Dv, 20 * T // C
+    C = chunked.best_chunk(HEADS, T, D, chunked.width(Dv), P)
+    return T * (4 * P * Dv + 2 * C * (D + Dv)), 8 * T * (D + Dv) + 8 * P * Dv * T // C, 4 * T * Dv, 8 * T // C
 
 
 def machine_speed():
@@ -86,7 +93,6 @@ def provenance(file, argv):
             "hardware": hardware, "torch": torch.__version__}
 
 # %% Timing the forms
-HEADS, SIZE, VALUE_SIZE = 4, 16, 64  # B = 1; softmax gets heads of 64 for q, k and v, as a transformer would
 FORMS = {
     "quadratic": la.quadratic_attention,
     "linear": la.linear_attention,
@@ -108,26 +114,37 @@ def make_call(form, T, backward):
     return (lambda: torch.autograd.grad(forward(), inputs, upstream)) if backward else forward
 
 
-def prediction(form, T, speed, backward=False):
-    """(GFLOP, GB moved, seconds, GB held) of all heads; a backward pass takes two to three times the forward."""
+class Prediction(NamedTuple):
+    """Of all heads; bound: what takes most of the seconds."""
+
+    gflop: float
+    gb_moved: float
+    gb_held: float
+    seconds: float
+    bound: str
+
+
+def predict(form, T, speed, backward=False):
+    """The prediction for this form at T; a backward pass takes two to three times the forward."""
     (flops, moved, held, calls), (flop_rate, byte_rate, call) = predicted_cost(form, T), speed
-    took = HEADS * (flops / flop_rate + moved / byte_rate) + calls * call
-    return HEADS * flops / 1e9, HEADS * moved / 1e9, took * (3.5 if backward else 1), HEADS * held / 1e9
+    took = {"arithmetic": HEADS * flops / flop_rate, "memory": HEADS * moved / byte_rate, "calls": calls * call}
+    seconds = sum(took.values()) * (3.5 if backward else 1)
+    return Prediction(HEADS * flops / 1e9, HEADS * moved / 1e9, HEADS * held / 1e9, seconds, max(took, key=took.get))
 
 
 def print_table(lengths):
-    """Forward: predicted and measured milliseconds, a line per form and length; returns rows (form, T, both)."""
+    """Forward: predicted and measured milliseconds, a line per form and length; returns rows (form, T, predicted, measured)."""
     speed, rows = machine_speed(), []
     print(f"ReBased, float32, forward, B=1 H={HEADS} D={SIZE} Dv={VALUE_SIZE}, {torch.get_num_threads()} threads.\n")
-    print(f"{'form':12}{'T':>7}{'GFLOP':>10}{'GB moved':>10}{'predicted':>12}{'measured':>12}")
+    print(f"{'form':12}{'T':>7}{'GFLOP':>10}{'GB moved':>10}{'bound by':>12}{'predicted':>12}{'measured':>12}")
     for form in FORMS:
         for T in lengths:
-            flops, moved, predicted, held = prediction(form, T, speed)
-            fits = held < 2 and predicted < 1
+            cost = predict(form, T, speed)
+            fits = cost.gb_held < 2 and cost.seconds < 1
             measured = interleaved({form: make_call(form, T, False)}, 3)[form] if fits else None
             shown = f"{measured * 1e3:9.2f} ms" if fits else f"{'–':>12}"
-            print(f"{form:12}{T:7,}{flops:10.3f}{moved:10.3f}{predicted * 1e3:9.2f} ms{shown}")
-            rows.append((form, T, predicted, measured))
+            print(f"{form:12}{T:7,}{cost.gflop:10.3f}{cost.gb_moved:10.3f}{cost.bound:>12}{cost.seconds * 1e3:9.2f} ms{shown}")
+            rows.append((form, T, cost.seconds, measured))
     print("– not run: it would hold more than 2 GB, or take more than a second.\n")
     return rows
 
@@ -135,12 +152,16 @@ def print_table(lengths):
 def read_table(rows):
     """The sentences under the table, from its numbers."""
     time_of = {(form, T): measured for form, T, _, measured in rows if measured}
-    for form in ("quadratic", "recurrent"):
-        T = max(T for name, T in time_of if name == form)
-        ratio = time_of[form, T] / time_of["chunked", T]
-        print(f"At T = {T:,} the {form} form takes {ratio:.0f} times as long as the chunked one.")
-    growth = time_of["chunked", 8192] / time_of["chunked", 2048]
-    print(f"From 2,048 to 8,192 tokens, four times as many, the chunked form takes {growth:.1f} times as long: linear time.\n")
+    for form in ("quadratic", "linear", "recurrent"):
+        T = max((T for name, T in time_of if name == form), default=None)
+        if T and ("chunked", T) in time_of:
+            ratio = time_of[form, T] / time_of["chunked", T]
+            print(f"At T = {T:,} the {form} form takes {ratio:.0f} times as long as the chunked one.")
+    if ("chunked", 2048) in time_of and ("chunked", 8192) in time_of:
+        growth = time_of["chunked", 8192] / time_of["chunked", 2048]
+        print(f"From 2,048 to 8,192 tokens the chunked form takes {growth:.1f} times as long (linear time: 4, quadratic: 16).")
+    off = [measured / predicted for *_, predicted, measured in rows if measured]
+    print(f"Measured over predicted: {min(off):.1f} to {max(off):.1f}.\n" if off else "")
 
 # %% The figure
 def draw(curves, path, title):
@@ -188,13 +209,13 @@ def needed_flops(T, D=16, Dv=64, P=136):
 
 
 def measure(lengths, backward):
-    """Rows of results: seconds of every form that fits, medians of five turns."""
+    """Rows of results: seconds of every form that fits, medians of five turns (softmax and chunked up to 2,048: of 25)."""
     rows = []
     for T in lengths:
         speed = machine_speed()
-        forecasts = {form: prediction(form, T, speed, backward)[2:] for form in CONTENDERS}
-        calls = {form: make_call(form, T, backward) for form, (took, held) in forecasts.items()
-                 if took < 20 and held * (3 if backward else 1) < 2}
+        forecasts = {form: predict(form, T, speed, backward) for form in CONTENDERS}
+        calls = {form: make_call(form, T, backward) for form, cost in forecasts.items()
+                 if cost.seconds < 20 and cost.gb_held * (3 if backward else 1) < 2}
         pair = {form: calls.pop(form) for form in ("softmax", "chunked") if form in calls}
         times = interleaved(pair, 25 if T <= 2048 else 5) | interleaved(calls)
         rate = HEADS * needed_flops(T) / times["chunked"]
@@ -278,5 +299,31 @@ def curves(rows):
             yield form if backward else None, i, style, points
 
 
+# %% Claim: the FLOPs are those that PyTorch counts
+def check_flops():
+    """Those of the quadratic form and of the four steps, against PyTorch's own counter, within 1 %."""
+    q, k, v = *torch.rand(2, 1, HEADS, 512, SIZE), torch.rand(1, HEADS, 512, VALUE_SIZE)
+    C = chunked.best_chunk(HEADS, 512, SIZE, chunked.width(VALUE_SIZE), 136)
+    steps = functools.partial(la.chunked_in_four_steps, chunk_size=C)
+    for form, call in (("quadratic", la.quadratic_attention), ("chunked", steps)):
+        with FlopCounterMode(display=False) as counter:
+            call(q, k, v, kernels.ReBasedKernel(SIZE))
+        ratio = counter.get_total_flops() / (HEADS * predicted_cost(form, 512)[0])
+        assert abs(ratio - 1) < 0.01, f"{form}: PyTorch counts {ratio:.3f} times the predicted FLOPs"
+
+
+CHECKS = [check_flops]
+
+
+def main(argv=None):
+    """The table that 02 prints, the check; returns how many checks failed."""
+    parser = argparse.ArgumentParser(description="02: what each form costs, predicted and measured (15 seconds)")
+    parser.add_argument("--figure", type=kernels.writable, default="runs/02_linear_attention.png",
+                        help="where to draw it (%(default)s)")
+    compare(kernels.parse_arguments(parser, argv).figure)
+    return kernels.run_checks(CHECKS)
+
+
 if __name__ == "__main__":
-    compare(kernels.writable("runs/02_linear_attention.png"))
+    if main():
+        sys.exit(1)

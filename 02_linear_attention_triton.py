@@ -80,7 +80,7 @@ def feature_table(coefficients, D, device):
     return torch.tensor(rows + [(-1, -1, 0.0)] * (-len(rows) % FEATURES), device=device).T.contiguous()
 
 # %% On chip: small parts
-# Tensors are (N, T, size), N = B·H as in 02. Rows beyond T and columns beyond the size read 0; offsets can pass 2³¹.
+# Tensors are (N, T, size), N = B·H. Rows beyond T and columns beyond the size read 0; offsets can pass 2³¹.
 @triton.jit
 def place(n, t, T, SIZE: tl.constexpr):
     """Offsets and mask of rows t of head n: [rows, SIZE padded]."""

@@ -84,7 +84,7 @@ class Recurrence(torch.autograd.Function):
 # %% Mamba's scan: 16 numbers of state a channel
 # All h_t at once are (T, B, 16, E), 32 times the layer's input: written out they would not fit a cache, and autograd
 # would keep four such tensors. So a block of 16 tokens of a few sequences at a time, in room that is reserved once, and
-# backwards each block is computed again from the state before it, as in 02.
+# backwards each block is computed again from the state before it, as 02's chunked form does.
 TOKENS, NUMBERS = 16, 2**18  # tokens of a block; numbers in each of a block's tensors, per core
 
 

@@ -491,15 +491,15 @@ def decoding_cost(mixer, context, batch, steps=20):
 def print_decoding(contexts, batches):
     """Bytes of state and milliseconds a step for each mixer; returns {(batch, mixer, context): (bytes, seconds, ...)}."""
     print("One more token after a context of T: size of all states, milliseconds a step. Two layers, d_model 128, 2 heads.\n")
-    print(f"{'batch':6}{'mixer':24}" + "".join(f"{f'T = {T:,}':>22}" for T in contexts))
+    print(f"{'batch':6}{'mixer':24}" + "".join(f"{f'T = {T:,}':>23}" for T in contexts))
     costs = {}
     for batch in batches:
         for mixer in ("conv_attention", "based", "rebased"):
             row = costs[batch, mixer] = [decoding_cost(mixer, T, batch) for T in contexts]
-            cells = "".join(f"{size / 2**20:10.2f} MB{time * 1e3:6.2f} ms" for size, time, _ in row)
+            cells = "".join(f"{size / 2**20:9.2f} MB{time * 1e3:8.2f} ms" for size, time, _ in row)
             print(f"{batch:<6}{mixer:24}{cells}")
             if mixer == "conv_attention":
-                print(f"{'':6}{'  its attention alone':24}" + "".join(f"{time * 1e3:19.2f} ms" for *_, time in row))
+                print(f"{'':6}{'  its attention alone':24}" + "".join(f"{time * 1e3:20.2f} ms" for *_, time in row))
     print("The softmax cache is a value here, copied to grow at each step; in place it would cost its attention alone.\n")
     return costs
 

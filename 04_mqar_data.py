@@ -22,6 +22,7 @@ References: [P], [C] as in 01; [Z] Arora et al., Zoology, arXiv 2312.04927, gith
 Run: python 04_mqar_data.py      (5 seconds: one example in columns, the checks)
 """
 # %%
+import argparse
 import sys
 from importlib import import_module
 
@@ -154,7 +155,15 @@ def check_shares_are_shares():
 
 CHECKS = [check_data_format, check_pairs_depend_on_the_seed_alone, check_shares_are_shares]
 
-if __name__ == "__main__":
+
+def main(argv=None):
+    """The example and the checks; returns how many failed."""
+    parser = argparse.ArgumentParser(description="04: one example of associative recall in columns; checks (5 seconds)")
+    kernels.parse_arguments(parser, argv)
     show_example()
-    if kernels.run_checks(CHECKS):
+    return kernels.run_checks(CHECKS)
+
+
+if __name__ == "__main__":
+    if main():
         sys.exit(1)

@@ -17,6 +17,7 @@ References: the atomic replacement of a file is POSIX rename(2); everything else
 Run: python 04_mqar_sweep.py      (5 seconds: the claims about rows and checkpoints)
 """
 # %%
+import argparse
 import io
 import json
 import multiprocessing
@@ -213,6 +214,14 @@ def check_shards_are_a_partition():
 
 CHECKS = [check_rows_survive_a_torn_line, check_checkpoints_are_whole, check_shards_are_a_partition]
 
+
+def main(argv=None):
+    """The checks; returns how many failed."""
+    parser = argparse.ArgumentParser(description="04: the checks of rows, checkpoints and shards (5 seconds)")
+    kernels.parse_arguments(parser, argv)
+    return kernels.run_checks(CHECKS)
+
+
 if __name__ == "__main__":
-    if kernels.run_checks(CHECKS):
+    if main():
         sys.exit(1)

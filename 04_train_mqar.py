@@ -9,8 +9,7 @@ You will learn
   3. that Based and ReBased both learn the task perfectly at the trained length, and what happens beyond it;
   4. that the floor is the cause: take the ½ from Based, give it to ReBased, and look again.
 
-Letters: T length, K pairs, V vocabulary, n examples in the data, in (B, n) the number of queries;
-  filler: a token 0 after the pairs.
+Letters: as in 04_mqar_data.
 
 References: [P], [C] as in 01; [Z] Arora et al., Zoology, arXiv 2312.04927, github HazyResearch/zoology.
 
@@ -244,9 +243,8 @@ def placed(model, history):
 
 # %% Testing: the same weights, longer contexts
 # Each cell is a length and a placement of the queries: the official power law or uniform. Beside the accuracy: the
-# share of the last layer's attention that falls on the right pair (key, value, or the token after it, which the
-# convolution of width 3 tells of both), on the other pairs, and on filler; and how well its largest weights mark the
-# right pair (IoU, see `overlap` of the data). Heads are averaged first.
+# shares of the last layer's attention and how well its largest weights mark the right pair (`attention_shares` and
+# `overlap` of 04_mqar_data). Heads are averaged first.
 PLACEMENTS = {"official": 0.01, "uniform": 1.0}
 MEASURES = ("accuracy", "right", "others", "filler")
 
@@ -390,8 +388,8 @@ def check_chunked_equals_quadratic():
     """An untrained model at 600 tokens: both forms of its last layer give the same outputs."""
     torch.manual_seed(0)
     experiment, run = Experiment(test_lengths=(600,)), Run("rebased", 128, 16, 64, 0.01, 0)
-    cost = full_pass(models.LanguageModel(model_config(run, experiment)), run, experiment)
-    assert cost["difference"] < 1e-4, cost
+    found = full_pass(models.LanguageModel(model_config(run, experiment)), run, experiment)
+    assert found["difference"] < 1e-4, found
 
 
 def check_the_paper_preset_is_the_papers():

@@ -1,12 +1,13 @@
 """The CPU's ratios in one run: softmax, idiap's compiled causal product if it is installed, and the chunked form, one
-core and two, taking turns; medians of five.
+core and two, taking turns; medians of five (of 25 up to 1,024 tokens).
 
-Run: python results/cpu_ratios.py     (15 minutes on two cores; rows go to runs/cpu_ratios.jsonl)
+Run: OMP_PROC_BIND=true python results/cpu_ratios.py     (7 minutes on two cores; rows go to runs/cpu_ratios.jsonl)
 
 idiap's kernel: pip install --no-build-isolation pytorch-fast-transformers, with "-O3", "-march=native" added to the
 flags in its setup.py (as it comes it is compiled for no particular machine).
 """
 import json
+import os
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -76,8 +77,9 @@ def main():
             tqdm.write(f"T = {T:,}, {'forward + backward' if backward else 'forward'}")
             for key in ("seconds", "over_chunked", "one_core_over_two"):
                 tqdm.write(f"  {key:18}" + "   ".join(f"{name} {value:.4g}" for name, value in rows[-1][key].items()))
+    origin = cost.provenance(__file__, []) | {"OMP_PROC_BIND": os.environ.get("OMP_PROC_BIND")}
     with kernels.writable("runs/cpu_ratios.jsonl").open("a") as file:
-        file.writelines(json.dumps(row | cost.provenance(__file__, [])) + "\n" for row in rows)
+        file.writelines(json.dumps(row | origin) + "\n" for row in rows)
 
 
 if __name__ == "__main__":

@@ -145,5 +145,8 @@ def pile_profiles():
     print_profiles("05, laptop", steps, PILE_STAGES, 18)
 
 
-for part in sys.argv[1:] or ("mqar", "pile"):
-    {"mqar": mqar_profiles, "pile": pile_profiles}[part]()
+PARTS = {"mqar": mqar_profiles, "pile": pile_profiles}
+for part in sys.argv[1:] or PARTS:
+    if part not in PARTS:
+        sys.exit(f"{part!r} is no part; choose from {', '.join(PARTS)}")
+    PARTS[part]()

@@ -147,17 +147,19 @@ def test_a_failed_claim_is_the_exit_status(capsys):
     assert "FAILED  that two is three: it is not\nchecks: 0 passed, 1 failed" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("file", ["01_kernels", "02_linear_attention", "03_model", "04_train_mqar"])
+DRAW = ["01_kernels", "02_linear_attention", "02_linear_attention_cost", "04_train_mqar"]
+REST = ["02_linear_attention_chunked", "03_baselines", "03_model", "04_mqar_data", "04_mqar_sweep"]
+
+
+@pytest.mark.parametrize("file", DRAW + REST)
 def test_unwritable_output_and_unknown_options_end_at_once(file, capsys):
-    module = import_module(file)
-    option = "--figure" if file != "03_model" else "--no-such-option"
     with pytest.raises(SystemExit) as stop:
-        module.main([option, "/dev/null/figure.png"])
+        import_module(file).main(["--figure" if file in DRAW else "--no-such-option", "/dev/null/figure.png"])
     assert stop.value.code == 2
     assert capsys.readouterr().err.splitlines()[-1].count("error:") == 1
 
 
-@pytest.mark.parametrize("file", ["01_kernels", "02_linear_attention", "03_model", "04_train_mqar"])
+@pytest.mark.parametrize("file", DRAW + REST)
 def test_help_explains(file, capsys):
     with pytest.raises(SystemExit) as stop:
         import_module(file).main(["--help"])

@@ -181,6 +181,24 @@ def test_rows_at_positions():
     torch.testing.assert_close(some, whole, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize(
+    "positions", [torch.tensor([[0, 10]]), torch.tensor([[-1, 3]]), torch.tensor([0, 1]), torch.zeros(3, 2, dtype=torch.int64)]
+)
+def test_positions_outside_are_named(positions):
+    q, k, v = (torch.rand(1, 3, T, size) for T, size in ((2, 8), (10, 8), (10, 5)))
+    with pytest.raises(ValueError, match="positions must"):
+        la.quadratic_attention(q, k, v, kernels.ReBasedKernel(8), positions)
+    for bad in ([[0, 1]], torch.tensor([[0.0, 1.0]])):
+        with pytest.raises(TypeError, match="positions must be an int64 tensor"):
+            la.quadratic_attention(q, k, v, kernels.ReBasedKernel(8), bad)
+
+
+def test_a_step_takes_one_token():
+    """(B, H, T, D) is no token: taken as one, every token would see itself only."""
+    with pytest.raises(ValueError, match="q must be one token"):
+        la.recurrent_step(*(torch.rand(shape) for shape in GOOD.values()), kernels.ReBasedKernel(8))
+
+
 def test_strided_inputs():
     """Transposed views, as a model makes them, and a time axis with a step."""
     kernel = kernels.ReBasedKernel(8)
