@@ -1,0 +1,173 @@
+"""What every lesson needs at its edges: checks, figures, a stopwatch, where a number came from, the command line."""
+
+import argparse
+import os
+import platform
+import subprocess
+import sys
+import time
+from datetime import date
+from pathlib import Path
+
+import torch
+
+
+class Refusal(Exception):
+    """What the user can mend, said in one line or two."""
+
+
+# Checks
+TALLY = {"passed": 0, "failed": 0}
+
+
+def check(claim):
+    """Run one `check_...` function where its claim is made, print the verdict, and count it for `finish`.
+
+    The function asserts; what it returns, if anything, is printed as a note.
+    """
+    name = claim.__name__.removeprefix("check_").replace("_", " ")
+    try:
+        if not __debug__:
+            raise AssertionError("python -O removes what a check asserts; run without it")
+        note = claim()
+    except AssertionError as error:
+        TALLY["failed"] += 1
+        print(f"  FAILED  {name}: {str(error) or claim.__doc__}")
+    else:
+        TALLY["passed"] += 1
+        print(f"  ok      {name}" + (f" ({note})" if note else ""))
+
+
+def finish():
+    """Print `checks: n passed, m failed`; end with exit status 1 if one failed."""
+    passed, failed = TALLY["passed"], TALLY["failed"]
+    TALLY.update(passed=0, failed=0)
+    print(f"checks: {passed} passed, {failed} failed")
+    if failed:
+        raise SystemExit(1)
+
+
+# Figures
+def in_notebook():
+    """Whether this process is the kernel of a notebook."""
+    return "ipykernel" in sys.modules
+
+
+def new_figure(width, height):
+    """A matplotlib Figure of so many inches, or None, after one line that says so, where it is not installed.
+
+    It belongs to no backend: nothing is opened on a screen, and a notebook keeps its own settings.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("no figure: matplotlib is not installed (pip install matplotlib)")
+        return None
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def save_figure(figure, path, description):
+    """Write a figure and say where; in a notebook, show it. description: what a reader who cannot see it should know."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=120, metadata={"Description": description} if path.suffix == ".png" else None)
+    except (OSError, ValueError) as error:
+        print(f"no figure: cannot write {path} ({error})")
+        return
+    print(f"figure: {path}")
+    if in_notebook():
+        from IPython.display import Image, display
+
+        display(Image(filename=path, alt=description))
+
+
+# Stopwatch
+def median_seconds(calls, repeats=5):
+    """{name: median seconds} of functions that take turns, so that a slow moment of the machine meets all of them.
+
+    calls: {name: function without arguments}. A first turn warms up and does not count.
+    """
+    times = {name: [] for name in calls}
+    for turn in range(repeats + 1):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            if turn > 0:
+                times[name].append(time.perf_counter() - start)
+    return {name: sorted(values)[repeats // 2] for name, values in times.items()}
+
+
+# Where a number comes from
+def provenance(file, argv):
+    """What a reader of a result must know: command, commit, day, machine, version of PyTorch."""
+    file = Path(file).resolve()
+    git = ["git", "-C", str(file.parent), "describe", "--always", "--dirty"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
+    root = Path(__file__).resolve().parent.parent
+    name = file.relative_to(root) if file.is_relative_to(root) else file.name
+    return {
+        "command": " ".join(["python", str(name), *argv]),
+        "commit": commit,
+        "date": date.today().isoformat(),
+        "hardware": f"{processor()}, {os.cpu_count()} cores",
+        "torch": torch.__version__,
+    }
+
+
+def processor():
+    """The model of the processor, as far as the system tells."""
+    cpuinfo = Path("/proc/cpuinfo")  # Linux; elsewhere `platform` knows
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.split(": ")[1]
+    return platform.processor() or platform.machine()
+
+
+# The command line
+def parse_arguments(parser, argv=None):
+    """Parse argv, or the command line. In a notebook's own cells there is none; what `%run` gives is heeded."""
+    if argv is None and Path(sys.argv[0]).name.endswith("kernel_launcher.py"):
+        argv = []
+    return parser.parse_args(argv)
+
+
+def positive_integer(text):
+    """An argparse type: an integer of at least 1."""
+    if not (text.isascii() and text.isdecimal()) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
+    return int(text)
+
+
+def writable_path(text):
+    """An argparse type: the path if it can be written, its folder made; asked before any work is done."""
+    path = Path(text)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = not path.exists()
+        path.open("ab").close()
+        if new:
+            path.unlink()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"cannot write {path}: {error.strerror}; choose another path") from None
+    return path
+
+
+def obey(command, after_a_stop):
+    """command(), with one line and exit status 2 instead of a stack trace for what the user can mend.
+
+    after_a_stop: what to tell who pressed Ctrl-C.
+    """
+    try:
+        return command()
+    except (Refusal, OSError, UnicodeError) as error:
+        named = f"cannot use {error.filename}: {error.strerror}" if getattr(error, "filename", None) else error
+        print(f"error: {named}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print(f"\nstopped; {after_a_stop}", file=sys.stderr)
+        raise SystemExit(130) from None
