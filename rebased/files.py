@@ -5,7 +5,6 @@ import os
 
 from rebased.lesson import Refusal
 
-
 def write_atomically(path, data):
     """Write bytes under another name, flush them to the disk, then rename: whoever looks sees the old or the new.
 

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 
-
 class Refusal(Exception):
     """What the user can mend, said in one line or two."""
 
