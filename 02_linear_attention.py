@@ -1,47 +1,106 @@
 """02 · Linear attention: one layer, four ways
 
-Aim: compute the same causal attention as a quadratic form, as cumulative sums, as a recurrence with a state of
-constant size, and chunk by chunk; know what each costs before timing it.
+Aim: compute the same causal attention as a quadratic form, by cumulative sums, as a recurrence with a state of constant
+size, and chunk by chunk; and know what each costs before it is timed.
 
 You will learn
-  1. how features let the sums over keys be formed once, and why cost then grows with T instead of T²;
-  2. why the textbook linear form is slow all the same, and what a chunk repairs;
-  3. the state: cut a sequence anywhere, carry S and z, go on; the bytes do not depend on T;
-  4. which of the four to train with, to read a prompt with, to speak with.
+  1. how features turn T² meetings of queries and keys into sums that are carried along;
+  2. what a state is: cut a sequence anywhere, keep S and z, go on; its size does not depend on T;
+  3. why the textbook form is slow all the same, and what a chunk repairs;
+  4. what a backward pass through the normaliser must not forget.
 
 Equations
-  quadratic    o_i = Σ_{j≤i} w_ij v_j / Σ_{j≤i} w_ij,   w_ij = sim(q_i, k_j)                       [P 3]
-  linear       o_i = φ(q_i)ᵀ Σ_{j≤i} φ(k_j) v_jᵀ / φ(q_i)ᵀ Σ_{j≤i} φ(k_j)                          [P 3, K 3.2]
-  recurrent    S_i = S_{i−1} + φ(k_i) v_iᵀ,  z_i = z_{i−1} + φ(k_i),  o_i = φ(q_i)ᵀ S_i / φ(q_i)ᵀ z_i   [K 3.3]
-  chunked      quadratic for j in the chunk of i, linear through S and z for all chunks before
+  quadratic   o_i = Σ_{j≤i} w_ij v_j / Σ_{j≤i} w_ij   with w_ij = sim(q_i, k_j)                  [1, section 3]
+  linear      o_i = φ(q_i)ᵀ Σ_{j≤i} φ(k_j) v_jᵀ / φ(q_i)ᵀ Σ_{j≤i} φ(k_j)                        [1, section 3; 3, 3.2]
+  recurrent   S_i = S_{i−1} + φ(k_i) v_iᵀ,  z_i = z_{i−1} + φ(k_i),  o_i = φ(q_i)ᵀ S_i / φ(q_i)ᵀ z_i     [3, 3.3]
+  chunked     quadratic inside the chunk of i, linear through S and z for all chunks before      [5, section 3]
 
-Letters: B batch, H heads, T time, D query/key dimension, Dv value dimension, P features after φ, C chunk length; S the
-  state (B, H, P, Dv), z its normaliser (B, H, P); num, den the two sums whose quotient is o; w = sim.
-  q, k are prepared and split: `kernel.prepare` of 01 first, then (B, T, H·D) -> (B, H, T, D).
+Letters: B batch, H heads, T time, D size of a query or key, Dv size of a value, P features after φ, C chunk length;
+  S the state (B, H, P, Dv), z its normaliser (B, H, P); num and den: the two sums whose quotient is the output o.
+  q and k are already prepared (`prepare` of 01) and split into heads: (B, T, H·D) -> (B, H, T, D).
 
-References: [P], [K] as in 01; chunks: Hua et al., Transformer Quality in Linear Time, ICML 2022, arXiv 2202.10447.
+References
+  [1] Aksenov et al., ReBased, and [3] Katharopoulos et al., Transformers are RNNs: as in 01.
+  [5] Hua et al., Transformer Quality in Linear Time, ICML 2022, arXiv 2202.10447.
 
-Run: python 02_linear_attention.py     (20 seconds: predicted and measured cost, runs/02_linear_attention.png, checks)
-     python 02_linear_attention.py --benchmark --threads 1     (15 minutes: against softmax, up to 65,536 tokens)
+Run: python 02_linear_attention.py      (20 seconds; draws runs/02_linear_attention.png)
 """
+
 # %%
-import argparse
-import functools
 import io
+import math
 import sys
-from importlib import import_module
+from functools import partial
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
-kernels = import_module("01_kernels")  # a name that starts with a digit cannot follow `import`
+from rebased import EPS, chunked_cpu, kernels, lesson  # kernels: 01_kernels.py
+from rebased.checks import attention_form, check_attention
 
-EPS = 1e-12  # added to every normaliser; 01 shows how small those can be: a larger ε pulls first rows towards 0
+# %% [markdown]
+# ## 1. Quadratic: the definition
+#
+# Every query meets every key before it. The similarities make a T × T matrix, and causality keeps its lower triangle:
+# $w_{ij} = 0$ for $j > i$. The output is the mean of the values, weighted by a row of this matrix.
+#
+# This form is the definition: whatever else we write must give the same numbers, and the same gradients.
+#
+# (`@attention_form` is the same for every form and no part of the idea: it checks shapes, computes in float32 at least,
+# and returns o in the type of v. See `rebased/checks.py`.)
 
-# %% The state
-# All that the past can still say: S = Σ φ(k_j) v_jᵀ and z = Σ φ(k_j). At D = 16, Dv = 64 it is 35 KB per head
-# in float32, the size of 69 keys and values of a softmax cache with heads of 64. Sums over 64k tokens overflow half precision, so
-# it is float32 at least, whatever the inputs are. It is a value: keep it, copy it, save it, go on from it twice.
+# %%
+@attention_form
+def quadratic_attention(q, k, v, kernel):
+    """q, k (B, H, T, D), v (B, H, T, Dv) -> o (B, H, T, Dv). Needs no features. [1, section 3]"""
+    weights = kernel.scores(q, k).tril()  # (B, H, T, T)
+    num = weights @ v  # (B, H, T, Dv)
+    den = weights.sum(-1, keepdim=True)  # (B, H, T, 1)
+    return num / (den + EPS)
+
+# %% [markdown]
+# ## 2. Linear: the textbook form
+#
+# With features the sums over keys can be formed once, for all queries. The sum up to token i is a cumulative sum over
+# time, and φ(q) reads it:
+#
+# $$\mathrm{num}_i = \varphi(q_i)^\top S_i, \quad S_i = \sum_{j \le i} \varphi(k_j) v_j^\top \qquad
+#   \mathrm{den}_i = \varphi(q_i)^\top z_i, \quad z_i = \sum_{j \le i} \varphi(k_j)$$
+#
+# No T × T matrix is left. But *every* S_i is written out, P · Dv numbers for each token: 8,704 at P = 136 and Dv = 64,
+# where the token itself has 64 values. Linear in T, and yet the slowest way as far as we timed it. Read it; do not use
+# it.
+
+# %%
+@attention_form
+def linear_attention(q, k, v, kernel):
+    """q, k (B, H, T, D), v (B, H, T, Dv) -> o (B, H, T, Dv), in memory T·P·Dv. [1, section 3; 3, section 3.2]"""
+    phi_q = kernel.features(q)  # (B, H, T, P)
+    phi_k = kernel.features(k)  # (B, H, T, P)
+    S = torch.einsum("bhtp,bhtd->bhtpd", phi_k, v).cumsum(2)  # (B, H, T, P, Dv)
+    z = phi_k.cumsum(2)  # (B, H, T, P)
+    num = torch.einsum("bhtp,bhtpd->bhtd", phi_q, S)  # (B, H, T, Dv)
+    den = (phi_q * z).sum(-1, keepdim=True)  # (B, H, T, 1)
+    return num / (den + EPS)
+
+# %% [markdown]
+# ## 3. Recurrent: one token at a time
+#
+# S_i need not be written out if it is used at once. Keep one S and one z, add the new token, read the output:
+#
+# $$S \leftarrow S + \varphi(k) v^\top \qquad z \leftarrow z + \varphi(k) \qquad
+#   o = \frac{\varphi(q)^\top S}{\varphi(q)^\top z}$$
+#
+# S and z are the *state*: all that the past can still say. A state is a value. Keep it, copy it, save it to a file, go
+# on from it twice. It holds P · (Dv + 1) numbers a head however long the past was, while the keys and values that
+# softmax must keep grow with every token. This is how a trained model speaks. For training it is serial: one tiny
+# product after another.
+#
+# The state is float32 at least, whatever the inputs are: a sum over 64,000 tokens overflows half precision.
+
+# %%
 class State(NamedTuple):
     """S (B, H, P, Dv) and z (B, H, P), float32 or float64."""
 
@@ -49,267 +108,476 @@ class State(NamedTuple):
     z: torch.Tensor
 
 
-def accept(q, k, v, kernel, state=None, T=None):
-    """Check shapes and types; return q, k, v as float32 (float64 if one of them is).
-
-    T: the number of queries; None if there are as many as keys.
-
-    Raises TypeError for what is not a floating-point tensor, ValueError for shapes that do not fit.
-    """
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        free = name == "v" and isinstance(x, torch.Tensor) and x.ndim > 0  # Dv may be anything
-        kernels.check_last_dim(x, x.shape[-1] if free else kernel.dim, name)
-        if x.ndim != 4 or 0 in x.shape:
-            raise ValueError(f"{name} must be (B, H, T, size) with every size at least 1, got {tuple(x.shape)}")
-    if q.shape[:2] != k.shape[:2] or k.shape[:3] != v.shape[:3] or q.shape[2] != (T or k.shape[2]):
-        raise ValueError(f"q, k and v disagree in B, H or T: {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
-    if state is not None:
-        if not isinstance(state, State):
-            raise TypeError(f"state must be a State(S, z) as another call returned it, got {type(state).__name__}")
-        expected = (*k.shape[:2], kernel.num_features, v.shape[-1])
-        if state.S.shape != expected or state.z.shape != expected[:3]:
-            raise ValueError(f"state must be S {expected} and z {expected[:3]} (B, H, P, Dv), "
-                             f"got {tuple(state.S.shape)} and {tuple(state.z.shape)}")
-    dtype = torch.float64 if torch.float64 in (q.dtype, k.dtype, v.dtype) else torch.float32
-    return q.to(dtype), k.to(dtype), v.to(dtype)
+def empty_state(k, v, kernel):
+    """The state before the first token: zeros. k (B, H, T, D) and v (B, H, T, Dv) give sizes, type and device."""
+    B, H, _, Dv = v.shape
+    P = kernel.num_features
+    return State(v.new_zeros(B, H, P, Dv), v.new_zeros(B, H, P))
 
 
-def without_autocast(form):
-    """Keep autocast out of a form: its sums are float32 or better however the rest of the model runs."""
-
-    @functools.wraps(form)
-    def wrapped(q, *args, **options):
-        device = q.device.type if isinstance(q, torch.Tensor) else "cpu"
-        with torch.autocast(device, enabled=False):
-            return form(q, *args, **options)
-
-    return wrapped
-
-# %% 1. Quadratic: the definition, and the oracle of every test
-# Every query meets every key before it: T² weights per head, computed, masked, multiplied. With `positions` only
-# some rows are computed: if a loss looks at 16 positions, 16 rows are enough.
-@without_autocast
-def quadratic_attention(q, k, v, kernel, positions=None):
-    """q, k (B, H, T, D), v (B, H, T, Dv) -> o (B, H, T, Dv). Needs no features. [P 3]
-
-    With positions (B, n): q (B, H, n, D) holds the queries of those places only, o is (B, H, n, Dv).
-    Raises TypeError, ValueError as `accept` does, and for positions that are not places of the sequence.
-    """
-    dtype = v.dtype if isinstance(v, torch.Tensor) else None
-    q, k, v = accept(q, k, v, kernel, T=None if positions is None else check_positions(positions, k))
-    weights = causal_weights(q, k, kernel, positions)  # (B, H, T or n, T)
-    return (weights @ v / (weights.sum(-1, keepdim=True) + EPS)).to(dtype)
-
-
-def check_positions(positions, k):
-    """The number n of positions (B, n), int64, each from 0 to T − 1 (read on a CPU only: a GPU would have to wait)."""
-    if not isinstance(positions, torch.Tensor) or positions.dtype != torch.int64:
-        raise TypeError(f"positions must be an int64 tensor, got {getattr(positions, 'dtype', type(positions).__name__)}")
-    B, T = (k.shape[0], k.shape[2]) if isinstance(k, torch.Tensor) and k.ndim == 4 else (None, None)
-    if positions.ndim != 2 or positions.shape[0] != (B or positions.shape[0]):
-        raise ValueError(f"positions must be (B, n) with B = {B}, got shape {tuple(positions.shape)}")
-    if T and positions.numel() and not positions.is_cuda and not 0 <= positions.min() <= positions.max() < T:
-        raise ValueError(f"positions must lie from 0 to {T - 1}, got {positions.min().item()} to {positions.max().item()}")
-    return positions.shape[1]
-
-
-def causal_weights(q, k, kernel, positions=None):
-    """sim(q_i, k_j), 0 for j > i: q (B, H, n, D), k (B, H, T, D) -> (B, H, n, T). Not yet normalised."""
-    if positions is None:
-        return kernel.scores(q, k).tril()
-    seen = torch.arange(k.shape[2], device=k.device) <= positions.unsqueeze(-1)  # (B, n, T)
-    return kernel.scores(q, k) * seen.unsqueeze(1)
-
-# %% 2. Linear: the textbook form
-# Sums instead of meetings: one cumulative sum over time of φ(k_j) v_jᵀ. No T², but every prefix is written out,
-# P·Dv = 8,704 numbers a token: linear in T, and yet the slowest of all as far as it was timed. Read it; do not use it.
-@without_autocast
-def linear_attention(q, k, v, kernel):
-    """q, k (B, H, T, D), v (B, H, T, Dv) -> o (B, H, T, Dv), in memory T·P·Dv. [P 3, K 3.2]"""
-    dtype = v.dtype if isinstance(v, torch.Tensor) else None
-    q, k, v = accept(q, k, v, kernel)
-    phi_q, phi_k = kernel.features(q), kernel.features(k)  # (B, H, T, P)
-    S = torch.einsum("bhtp,bhtd->bhtpd", phi_k, v).cumsum(2)  # (B, H, T, P, Dv)
-    num = torch.einsum("bhtp,bhtpd->bhtd", phi_q, S)
-    den = (phi_q * phi_k.cumsum(2)).sum(-1, keepdim=True)  # (B, H, T, 1)
-    return (num / (den + EPS)).to(dtype)
-
-# %% 3. Recurrent: one token at a time
-# The prefix need not be written out if it is used at once. This is how a trained model speaks: constant time and
-# memory per token, however long the context. For training it is serial, one tiny product after another.
-@without_autocast
-def recurrent_step(q, k, v, kernel, state=None):
-    """One token: q, k (B, H, D), v (B, H, Dv), state or None -> o (B, H, Dv) and the next State. [K 3.3]"""
-    dtype = v.dtype if isinstance(v, torch.Tensor) else None
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if isinstance(x, torch.Tensor) and x.ndim != 3:
-            raise ValueError(f"{name} must be one token, (B, H, size), got shape {tuple(x.shape)}")
-    q, k, v = (x.unsqueeze(2) if isinstance(x, torch.Tensor) else x for x in (q, k, v))
-    q, k, v = (x.squeeze(2) for x in accept(q, k, v, kernel, state))
-    phi_q, phi_k = kernel.features(q), kernel.features(k)  # (B, H, P)
-    S, z = phi_k.unsqueeze(-1) * v.unsqueeze(-2), phi_k
-    if state is not None:
-        S, z = state.S + S, state.z + z
-    num = (phi_q.unsqueeze(-2) @ S).squeeze(-2)  # (B, H, Dv)
-    den = (phi_q * z).sum(-1, keepdim=True)
-    return (num / (den + EPS)).to(dtype), State(S, z)
-
-
-@without_autocast
+@attention_form
 def recurrent_attention(q, k, v, kernel, state=None, return_state=False):
-    """The recurrence over T tokens: shapes as in `quadratic_attention`; (o, State) with return_state."""
-    dtype = v.dtype if isinstance(v, torch.Tensor) else None
-    q, k, v = accept(q, k, v, kernel, state)
+    """q, k (B, H, T, D), v (B, H, T, Dv), State or None -> o (B, H, T, Dv); (o, State) with return_state. [3, 3.3]"""
+    S, z = state or empty_state(k, v, kernel)
+    phi_q = kernel.features(q)  # (B, H, T, P)
+    phi_k = kernel.features(k)
     outputs = []
     for t in range(q.shape[2]):
-        o, state = recurrent_step(q[:, :, t], k[:, :, t], v[:, :, t], kernel, state)
-        outputs.append(o)
-    o = torch.stack(outputs, dim=2).to(dtype)  # (B, H, T, Dv)
-    return (o, state) if return_state else o
-
-# %% 4. Chunked: quadratic where that is cheap, a state for the rest
-# Cut T into chunks of C. Inside a chunk the quadratic form is one good matrix product; all earlier chunks come in
-# through S and z. Prefixes are written out T/C times instead of T, and all work is matrix products.
-@without_autocast
-def chunked_in_four_steps(q, k, v, kernel, state=None, return_state=False, chunk_size=64):
-    """The chunked form, to be read: shapes as in `quadratic_attention`; (o, State) with return_state."""
-    dtype = v.dtype if isinstance(v, torch.Tensor) else None
-    q, k, v = accept(q, k, v, kernel, state)
-    P, Dv, outputs = kernel.num_features, v.shape[-1], []
-    S, z = state or (q.new_zeros(*q.shape[:2], P, Dv), q.new_zeros(*q.shape[:2], P))
-    for q_c, k_c, v_c in zip(*(x.split(chunk_size, dim=2) for x in (q, k, v)), strict=True):  # (B, H, C, ...)
-        phi_q, phi_k = kernel.features(q_c), kernel.features(k_c)  # (B, H, C, P)
-        # 1. Inside the chunk: the quadratic form, C² weights.
-        weights = causal_weights(q_c, k_c, kernel)  # (B, H, C, C)
-        num, den = weights @ v_c, weights.sum(-1, keepdim=True)
-        # 2. All chunks before: the state, read by φ(q).
-        num, den = num + phi_q @ S, den + phi_q @ z.unsqueeze(-1)
-        # 3. One division.
+        S = S + phi_k[:, :, t, :, None] * v[:, :, t, None, :]  # (B, H, P, Dv)
+        z = z + phi_k[:, :, t]  # (B, H, P)
+        num = (phi_q[:, :, t, None, :] @ S).squeeze(2)  # (B, H, Dv)
+        den = (phi_q[:, :, t] * z).sum(-1, keepdim=True)  # (B, H, 1)
         outputs.append(num / (den + EPS))
-        # 4. The chunk joins the state.
-        S, z = S + phi_k.mT @ v_c, z + phi_k.sum(2)
-    o = torch.cat(outputs, dim=2).to(dtype)  # (B, H, T, Dv)
+    o = torch.stack(outputs, dim=2)  # (B, H, T, Dv)
     return (o, State(S, z)) if return_state else o
 
 
-# For training, autograd would keep φ(q) and φ(k) of every chunk: 272 numbers a token where q and k have 32. The
-# next file takes the same four steps in place and computes features again on the way back: on a CPU this is the form to
-# train with and to read a prompt with; `recurrent_step` then speaks, token by token, from the state that it leaves.
-@torch.compiler.disable  # torch.compile cannot follow products written into reserved room, and would gain nothing here
-@without_autocast
-def chunked_attention(q, k, v, kernel, state=None, return_state=False, chunk_size=None):
-    """q, k (B, H, T, D), v (B, H, T, Dv), State or None -> o (B, H, T, Dv), or (o, State) with return_state.
+def recurrent_step(q, k, v, kernel, state=None):
+    """One token: q, k (B, H, D), v (B, H, Dv), the State before it or None -> o (B, H, Dv), the State after it."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if isinstance(x, torch.Tensor) and x.ndim != 3:
+            raise ValueError(f"{name} must be one token, (B, H, size), got shape {tuple(x.shape)}")
+    q, k, v = (x.unsqueeze(2) if isinstance(x, torch.Tensor) else x for x in (q, k, v))  # T = 1
+    o, state = recurrent_attention(q, k, v, kernel, state, return_state=True)
+    return o.squeeze(2), state
 
-    Any T. Memory beyond inputs and outputs: one state a chunk. chunk_size None takes the chunk of least predicted
-    cost. Raises as `accept`; ValueError for chunk_size < 1.
-    """
-    dtype = v.dtype if isinstance(v, torch.Tensor) else None
-    q, k, v = accept(q, k, v, kernel, state)
-    if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
-        raise ValueError(f"chunk_size must be a positive integer or None, got {chunk_size!r}")
-    chunked = import_module("02_linear_attention_chunked")
-    o, S, z = chunked.sweep(q, k, v, kernel, *(state or (None, None)), chunk_size, return_state)
-    return (o.to(dtype), State(S, z)) if return_state else o.to(dtype)
+# %% [markdown]
+# ## 4. Chunked: quadratic where that is cheap, a state for the rest
+#
+# The quadratic form wastes nothing on short sequences: a small matrix product is what processors do best. The recurrence
+# wastes nothing on long ones. So cut time into chunks of C tokens:
+#
+# ```
+#                 keys j
+#               ┌───┐
+#               │ ■ │               ■  inside a chunk: C × C weights, the quadratic form (half of them masked)
+#   queries i   ├───┼───┐
+#               │ □ │ ■ │           □  all chunks before: never written out;
+#               ├───┴───┼───┐          φ(q) reads them from one state, S and z
+#               │ □   □ │ ■ │
+#               ├───────┼───┼───┐
+#               │ □   □   □ │ ■ │
+#               └───────────┴───┘
+# ```
+#
+# All the work is matrix products, and S is written T/C times instead of T times.
+
+# %%
+@attention_form
+def chunked_attention(q, k, v, kernel, state=None, return_state=False, chunk_size=64):
+    """The chunked form, to be read: shapes as in `recurrent_attention`, any T. [5, section 3]"""
+    S, z = state or empty_state(k, v, kernel)
+    outputs = []
+    for start in range(0, q.shape[2], chunk_size):
+        chunk = slice(start, start + chunk_size)
+        q_c = q[:, :, chunk]  # (B, H, C, D)
+        k_c = k[:, :, chunk]
+        v_c = v[:, :, chunk]  # (B, H, C, Dv)
+        phi_q = kernel.features(q_c)  # (B, H, C, P)
+        phi_k = kernel.features(k_c)
+
+        # 1. Inside the chunk: the quadratic form.
+        weights = kernel.scores(q_c, k_c).tril()  # (B, H, C, C)
+        num = weights @ v_c  # (B, H, C, Dv)
+        den = weights.sum(-1, keepdim=True)  # (B, H, C, 1)
+
+        # 2. All chunks before: the state, read by φ(q).
+        num = num + phi_q @ S
+        den = den + phi_q @ z.unsqueeze(-1)
+
+        # 3. One division.
+        outputs.append(num / (den + EPS))
+
+        # 4. The chunk joins the state.
+        S = S + phi_k.mT @ v_c  # (B, H, P, Dv)
+        z = z + phi_k.sum(2)  # (B, H, P)
+    o = torch.cat(outputs, dim=2)  # (B, H, T, Dv)
+    return (o, State(S, z)) if return_state else o
+
+# %% [markdown]
+# Step 2 reads the state *before* the chunk, step 4 comes last. If all chunk sums are formed at once, as a GPU likes it,
+# the states before each chunk are an *exclusive* prefix sum: without the term itself. It is tempting to write
+# `cumsum(x) - x`. In float32 that is wrong wherever x is large beside what came before it: adding it pushes the small
+# digits out, and subtracting it does not bring them back. Shift the inclusive sum by one place instead.
+
+# %%
+def show_exclusive_prefix():
+    """Relative error of both ways on random squares, which is what features of ReBased are sums of."""
+    big = torch.tensor([0.1, 1e8])
+    print(f"(0.1 + 1e8) − 1e8 in float32: {(big.cumsum(0) - big)[1]:g}")
+    torch.manual_seed(0)
+    x = torch.randn(1000, 136).square()  # (T, P)
+    exact = x.double().cumsum(0)[:-1]  # before tokens 1, 2, ...
+    subtracted = (x.cumsum(0) - x)[1:]
+    shifted = x.cumsum(0)[:-1]
+    for name, found in (("cumsum(x) − x", subtracted), ("shifted", shifted)):
+        print(f"{name:14} largest relative error {((found - exact) / exact).abs().max():.1e}")
+    print()
+
+
+if __name__ == "__main__":
+    show_exclusive_prefix()
+
+# %% [markdown]
+# ## What models call
+#
+# `attention` is the door for everybody else. It checks what comes in and takes the fastest form at hand:
+#
+# - on an NVIDIA GPU with Triton, the same four steps as kernels: `rebased/triton_kernels.py`;
+# - everywhere else, the same four steps in place, with a backward pass that computes the features a second time instead
+#   of keeping them, 272 numbers a token where q and k have 32: `rebased/chunked_cpu.py`.
+#
+# Both know a kernel by its three coefficients alone. A kernel that is no polynomial of s hands in its features.
+
+# %%
+@attention_form
+def attention_on_cpu(q, k, v, kernel, state=None, return_state=False):
+    """The fast chunked form in plain PyTorch; runs on any device."""
+    if kernel.coefficients is None:
+        q = kernel.features(q)  # (B, H, T, P)
+        k = kernel.features(k)
+    S, z = state or (None, None)
+    result = chunked_cpu.chunked_attention(q, k, v, kernel.coefficients, S, z, return_state)
+    if not return_state:
+        return result
+    o, S, z = result
+    return o, State(S, z)
 
 
 @torch.compiler.assume_constant_result  # torch.compile cannot trace an import: it asks once and keeps the answer
-def has_triton_form():
-    """Whether the GPU kernels are in sys.modules now; not without Triton, nor on a GPU older than it takes (Ampere)."""
+def has_triton():
+    """Whether the GPU kernels can be loaded. Triton is imported here, when first needed, and not before."""
     try:
-        return bool(import_module("02_linear_attention_triton")) and torch.cuda.get_device_capability() >= (8, 0)
+        from rebased import triton_kernels  # noqa: F401
     except ImportError:
         return False
+    return True
 
 
 def attention(q, k, v, kernel, state=None, return_state=False):
-    """What 03 calls: the fastest form at hand. Arguments and result as in `chunked_attention`."""
-    if isinstance(q, torch.Tensor) and q.is_cuda and has_triton_form():
-        gpu = sys.modules["02_linear_attention_triton"]
-        if gpu.beyond_limits(q, k, v, kernel) is None:
-            return gpu.triton_attention(q, k, v, kernel, state, return_state)
-    return chunked_attention(q, k, v, kernel, state, return_state)
+    """q, k (B, H, T, D), v (B, H, T, Dv), State or None -> o (B, H, T, Dv), or (o, State) with return_state.
 
-# %% Claims: all forms are one function, and a sequence can be cut anywhere
+    q and k are prepared by the kernel and split into heads. Any T. Raises TypeError for what is not a floating-point
+    tensor, ValueError for shapes that do not fit.
+    """
+    if isinstance(q, torch.Tensor) and q.is_cuda and has_triton():
+        check_attention(q, k, v, kernel, state)
+        gpu = sys.modules["rebased.triton_kernels"]
+        if gpu.why_not(q, k, v, kernel.coefficients) is None:
+            S, z = state or (None, None)
+            result = gpu.chunked_attention(q, k, v, kernel.coefficients, S, z, return_state)
+            return (result[0], State(result[1], result[2])) if return_state else result
+    return attention_on_cpu(q, k, v, kernel, state, return_state)
+
+# %% [markdown]
+# ## All forms are one function
+#
+# For every kernel of 01, in float64, outputs and gradients of all forms equal those of the quadratic one. The first
+# output is the first value. No output depends on later tokens. And a sequence can be cut anywhere: save the state to a
+# file, load it, go on with another form.
+
+# %%
 def example(kernel, T, B=2, H=3, Dv=5, seed=0):
-    """Prepared, split q, k and v in float64, from normal projections, ready for gradients."""
+    """Prepared q, k (B, H, T, D) and v (B, H, T, Dv) in float64, from normal projections, ready for gradients."""
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(2, B, T, H * kernel.dim, generator=generator, dtype=torch.float64)
-    with torch.no_grad():
-        q, k = (y.unflatten(-1, (H, kernel.dim)).transpose(1, 2).contiguous() for y in kernel.double().prepare(*x))
+    q, k = torch.randn(2, B, T, H * kernel.dim, generator=generator, dtype=torch.float64)
     v = torch.randn(B, H, T, Dv, generator=generator, dtype=torch.float64)
-    return [y.requires_grad_() for y in (q, k, v)]
+    with torch.no_grad():
+        q, k = kernel.double().prepare(q, k)
+    q = q.unflatten(-1, (H, kernel.dim)).transpose(1, 2).contiguous()  # (B, H, T, D)
+    k = k.unflatten(-1, (H, kernel.dim)).transpose(1, 2).contiguous()
+    return [q.requires_grad_(), k.requires_grad_(), v.requires_grad_()]
 
 
-def distance(found, expected):
-    """‖found − expected‖ / ‖expected‖ over lists of tensors."""
-    found, expected = (torch.cat([x.flatten() for x in y]) for y in (found, expected))
+def relative_error(found, expected):
+    """‖found − expected‖ / ‖expected‖ over two lists of tensors."""
+    found = torch.cat([x.flatten() for x in found])
+    expected = torch.cat([x.flatten() for x in expected])
     return ((found - expected).norm() / expected.norm()).item()
 
 
+FORMS = {
+    "linear": linear_attention,
+    "recurrent": recurrent_attention,
+    "chunked": partial(chunked_attention, chunk_size=8),
+    "attention": attention,
+}
+
+
 def check_forms_agree():
-    """Linear, recurrent and both chunked forms equal the quadratic one, outputs and gradients, every kernel, within 1e-9."""
-    forms = (linear_attention, recurrent_attention,
-             *(functools.partial(form, chunk_size=8) for form in (chunked_in_four_steps, chunked_attention)))
-    for name, kernel in kernels.all_kernels(4, heads=3).items():
+    """Every form equals the quadratic one within 1e-9, outputs and gradients, for every kernel."""
+    for name, make in kernels.KERNELS.items():
+        kernel = make(4, heads=3)
         inputs = example(kernel, T=29)
         expected = quadratic_attention(*inputs, kernel)
         upstream = torch.randn_like(expected)
         gradients = torch.autograd.grad(expected, inputs, upstream)
-        for form in forms:
+        for form_name, form in FORMS.items():
             o = form(*inputs, kernel)
-            error = max(distance([o], [expected]), distance(torch.autograd.grad(o, inputs, upstream), gradients))
-            assert error < 1e-9, f"{name}: {form} is off by {error:.1e}"
+            found = torch.autograd.grad(o, inputs, upstream)
+            error = max(relative_error([o], [expected]), relative_error(found, gradients))
+            assert error < 1e-9, f"{name}: the {form_name} form is off by {error:.1e}"
 
 
 def check_first_row_is_v0():
     """At position 0 there is one value to look at, so the output is v_0, whatever the kernel."""
-    for name, kernel in kernels.all_kernels(16, heads=3).items():
+    for name, make in kernels.KERNELS.items():
+        kernel = make(16, heads=3)
         q, k, v = example(kernel, T=20)
-        error = (chunked_attention(q, k, v, kernel)[:, :, 0] - v[:, :, 0]).abs().max()
+        error = (attention(q, k, v, kernel)[:, :, 0] - v[:, :, 0]).abs().max()
         assert error < 1e-5, f"{name}: o_0 differs from v_0 by {error:.1e}"
 
 
 def check_the_future_is_not_seen():
-    """Other tokens from 13 on change nothing before 13."""
+    """Other tokens from place 13 on change nothing before it."""
     kernel = kernels.ReBasedKernel(8, heads=3)
-    q, k, v = example(kernel, T=30)
-    others = [torch.cat([x[:, :, :13], y[:, :, 13:]], 2) for x, y in zip((q, k, v), example(kernel, 30, seed=1), strict=True)]
-    for form in (quadratic_attention, linear_attention, recurrent_attention, chunked_attention):
-        assert torch.equal(form(q, k, v, kernel)[:, :, :13], form(*others, kernel)[:, :, :13]), form.__name__
+    inputs = example(kernel, T=30)
+    changed = []
+    for x, other in zip(inputs, example(kernel, T=30, seed=1), strict=True):
+        changed.append(torch.cat([x[:, :, :13], other[:, :, 13:]], dim=2))
+    for name, form in FORMS.items():
+        before = form(*inputs, kernel)
+        after = form(*changed, kernel)
+        assert torch.equal(before[:, :, :13], after[:, :, :13]), name
 
 
 def check_cut_save_resume():
-    """Cut at 11, write the state to a file, load it, go on with another form: the same output."""
+    """Cut at 11, save the state, load it, go on with another form: the same output."""
     kernel = kernels.ReBasedKernel(16, heads=3)
     q, k, v = example(kernel, T=40)
-    first, state = chunked_attention(*(x[:, :, :11] for x in (q, k, v)), kernel, return_state=True)
+    first, state = attention(q[:, :, :11], k[:, :, :11], v[:, :, :11], kernel, return_state=True)
     file = io.BytesIO()
-    torch.save(state._asdict(), file)  # a plain dict of tensors, so that loading needs no pickled code
+    torch.save({"S": state.S, "z": state.z}, file)  # plain tensors: loading them runs no code
     file.seek(0)
     state = State(**torch.load(file, weights_only=True))
-    second = recurrent_attention(*(x[:, :, 11:] for x in (q, k, v)), kernel, state)
-    assert distance([torch.cat([first, second], 2)], [quadratic_attention(q, k, v, kernel)]) < 1e-9
+    second = recurrent_attention(q[:, :, 11:], k[:, :, 11:], v[:, :, 11:], kernel, state)
+    whole = quadratic_attention(q, k, v, kernel)
+    assert relative_error([torch.cat([first, second], dim=2)], [whole]) < 1e-9
     return f"{state.S[0, 0].numel()} + {state.z[0, 0].numel()} numbers a head, at any T"
 
 
-CHECKS = [check_forms_agree, check_first_row_is_v0, check_the_future_is_not_seen, check_cut_save_resume]
+if __name__ == "__main__":
+    lesson.check(check_forms_agree)
+    lesson.check(check_first_row_is_v0)
+    lesson.check(check_the_future_is_not_seen)
+    lesson.check(check_cut_save_resume)
+    print()
+
+# %% [markdown]
+# ## Backwards: what the normaliser adds
+#
+# Gradients of the readable forms come from autograd. The fast forms have a backward pass written by hand, and there is
+# one term in it that is easily forgotten. Call the gradient of the output do. A weight w_ij enters o_i twice, through
+# num and through den. With $\delta_i = do_i \cdot o_i$:
+#
+# $$dw_{ij} = \frac{do_i \cdot v_j - \delta_i}{\mathrm{den}_i} = \frac{do_i \cdot (v_j - o_i)}{\mathrm{den}_i}$$
+#
+# The second way of writing it says why δ must be there: o_i is a *mean* of values, and to give a value more weight moves
+# the mean only as far as the value differs from it. Here is dq of the kernel s² by hand, with δ and without.
 
 # %%
-def main(argv=None):
-    """The table, its reading, the figure, the checks; returns how many checks failed."""
-    parser = argparse.ArgumentParser(description="02: one layer as four forms, predicted and measured (20 seconds)")
-    parser.add_argument("--figure", type=kernels.writable, default="runs/02_linear_attention.png",
-                        help="where to draw it (%(default)s)")
-    parser.add_argument("--benchmark", action="store_true",
-                        help="all forms and softmax, T from 256 to 65,536, forward and backward (15 minutes on one core)")
-    parser.add_argument("--threads", type=kernels.positive, metavar="N", help="threads of PyTorch (all cores)")
-    options = kernels.parse_arguments(parser, argv)
-    torch.set_num_threads(options.threads or torch.get_num_threads())
-    cost = import_module("02_linear_attention_cost")  # the tables: what each form costs
-    (cost.benchmark if options.benchmark else cost.compare)(options.figure)
-    return kernels.run_checks(CHECKS)
+def gradient_of_q(q, k, v, do, with_delta):
+    """dq of the quadratic form for sim = s². q, k (..., T, D), v, do (..., T, Dv) -> (..., T, D)."""
+    s = kernels.scaled_dot(q, k).tril()  # (..., T, T)
+    weights = s.square()
+    den = weights.sum(-1, keepdim=True) + EPS  # (..., T, 1)
+    o = weights @ v / den  # (..., T, Dv)
+    dw = do @ v.mT  # (..., T, T): do_i · v_j
+    if with_delta:
+        dw = dw - (do * o).sum(-1, keepdim=True)  # − δ_i
+    ds = 2 * s * dw / den  # through the square; s is 0 above the diagonal
+    return ds @ k / math.sqrt(q.shape[-1])  # through s = q·k/√D
+
+
+def check_delta_is_needed():
+    """With δ dq is that of autograd; without it, it is not even near."""
+    kernel = kernels.ReBasedKernel(8, norm=False, gamma=False, beta=False)
+    q, k, v = example(kernel, T=50, H=1)
+    o = quadratic_attention(q, k, v, kernel)
+    do = torch.randn_like(o)
+    (expected,) = torch.autograd.grad(o, q, do)
+    right = relative_error([gradient_of_q(q, k, v, do, with_delta=True)], [expected])
+    wrong = relative_error([gradient_of_q(q, k, v, do, with_delta=False)], [expected])
+    assert right < 1e-9 and wrong > 0.1
+    return f"dq is off by {right:.0e} with δ, by {wrong:.1f} times its size without"
 
 
 if __name__ == "__main__":
-    if main():
-        sys.exit(1)
+    lesson.check(check_delta_is_needed)
+    print()
+
+# %% [markdown]
+# ## What each form costs
+#
+# Count before timing. Three things can hold a form up: arithmetic (multiplications and additions), memory (every tensor
+# too large for the cache is written and read again at each step), and calls (each tensor operation takes some
+# microseconds before it does anything). Forward, for one head, with T tokens:
+#
+# | form | arithmetic | memory, numbers moved | calls |
+# |---|---|---|---|
+# | quadratic | 2T²(D + Dv): two products of T × T | 11 T²: see the code | 10 |
+# | linear | 4 T P Dv: make and read S_i | 4 T P Dv: make, sum (read, write), read | 10 |
+# | recurrent | 4 T P Dv | 5 T P Dv: make φ(k)vᵀ, add (read 2, write), read | 10 a token |
+# | chunked | T (4 P Dv + 2C(D + Dv)) | 2T(D + Dv) for q, k, v, o and 2 P Dv T/C for S | 8 a chunk |
+#
+# The chunk of the fast form is the one of least predicted cost (`best_chunk` of `rebased/chunked_cpu.py`).
+
+# %%
+HEADS = 4
+D = 16
+Dv = 64
+P = 136
+BYTES = 4  # of a float32
+
+
+def chunk_of(T):
+    """The chunk that `attention` takes here."""
+    return chunked_cpu.best_chunk(HEADS, T, D, Dv, P)
+
+
+def predicted_cost(form, T):
+    """(floating-point operations, bytes moved, calls) of one head, forward."""
+    if form == "quadratic":
+        # Passes over the T × T matrix: q·k writes it (1); the division by √D, the square, the floor and the mask
+        # each read and write it (8); the product with v and the sum read it (2).
+        return 2 * T * T * (D + Dv), 11 * T * T * BYTES, 10
+    if form == "linear":
+        return 4 * T * P * Dv, 4 * T * P * Dv * BYTES, 10
+    if form == "recurrent":
+        return 4 * T * P * Dv, 5 * T * P * Dv * BYTES, 10 * T
+    C = chunk_of(T)
+    moved = 2 * T * (D + Dv) + 2 * P * Dv * T / C
+    return T * (4 * P * Dv + 2 * C * (D + Dv)), moved * BYTES, 8 * T / C
+
+
+def predicted_seconds(form, T, speed):
+    """(seconds of all heads, what most of them go to), as if the three did not overlap."""
+    flops, moved, calls = predicted_cost(form, T)
+    flop_rate, byte_rate, call = speed
+    parts = {"arithmetic": HEADS * flops / flop_rate, "memory": HEADS * moved / byte_rate, "calls": calls * call}
+    return sum(parts.values()), max(parts, key=parts.get)
+
+
+def check_counts():
+    """The operations of the quadratic and the chunked form are those that PyTorch counts, within 1 %."""
+    q, k = torch.rand(2, 1, HEADS, 512, D)
+    v = torch.rand(1, HEADS, 512, Dv)
+    steps = partial(chunked_attention, chunk_size=chunk_of(512))
+    for name, form in (("quadratic", quadratic_attention), ("chunked", steps)):
+        with FlopCounterMode(display=False) as counter:
+            form(q, k, v, kernels.ReBasedKernel(D))
+        ratio = counter.get_total_flops() / (HEADS * predicted_cost(name, 512)[0])
+        assert abs(ratio - 1) < 0.01, f"{name}: PyTorch counts {ratio:.3f} times the predicted operations"
+
+
+if __name__ == "__main__":
+    lesson.check(check_counts)
+    print()
+
+# %% [markdown]
+# Now time them: float32, forward, ReBased. Softmax stands beside them, as PyTorch's fused kernel with heads of 64.
+# The fast form is `attention`; a form that would take over a second or hold more than 2 GB is left out.
+
+# %%
+TIMED = {
+    "softmax": None,
+    "quadratic": quadratic_attention,
+    "linear": linear_attention,
+    "recurrent": recurrent_attention,
+    "chunked": attention,
+}
+
+
+def make_call(form, T):
+    """A function without arguments that runs a form once."""
+    if form == "softmax":
+        q, k, v = torch.randn(3, 1, HEADS, T, Dv)
+        return lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    q, k = torch.rand(2, 1, HEADS, T, D)
+    v = torch.randn(1, HEADS, T, Dv)
+    kernel = kernels.ReBasedKernel(D)
+    return lambda: TIMED[form](q, k, v, kernel)
+
+
+def fits(form, T, seconds):
+    """Whether a form is timed at this length: at most a second, and 2 GB held."""
+    held = {"quadratic": 3 * T * T, "linear": 3 * T * P * Dv}
+    return seconds < 1 and HEADS * held.get(form, 0) * BYTES < 2e9
+
+
+@torch.no_grad()
+def time_forms(lengths=(128, 512, 2048, 8192)):
+    """Print a line for each form and length; returns {(form, T): (predicted seconds or None, measured or None)}."""
+    speed = lesson.machine_speed()
+    rows = {}
+    print(f"forward, float32, B = 1, H = {HEADS}, D = {D}, Dv = {Dv}, {torch.get_num_threads()} threads\n")
+    print("form             T   predicted     bound by    measured")
+    for form in TIMED:
+        for T in lengths:
+            if form == "softmax":
+                predicted, bound, shown = None, "", f"{'':12}"
+            else:
+                predicted, bound = predicted_seconds(form, T, speed)
+                shown = f"{predicted * 1e3:9.2f} ms"
+            measured = None
+            if predicted is None or fits(form, T, predicted):
+                measured = lesson.median_seconds({form: make_call(form, T)}, repeats=3)[form]
+            name = f"{form}, C = {chunk_of(T)}" if form == "chunked" else form
+            timed = f"{measured * 1e3:9.2f} ms" if measured else f"{'–':>12}"
+            print(f"{name:16}{T:6,}{shown}{bound:>13}{timed}")
+            rows[form, T] = (predicted, measured)
+    return rows
+
+
+def read_times(rows, T=8192):
+    """The sentence under the table, from its numbers."""
+    chunked = rows["chunked", T][1]
+    for form in ("softmax", "quadratic", "linear", "recurrent"):
+        timed = [length for name, length in rows if name == form and rows[name, length][1]]
+        longest = max(timed)
+        ratio = rows[form, longest][1] / rows["chunked", longest][1]
+        print(f"At T = {longest:,} {form} takes {ratio:.1f} times as long as the chunked form.")
+    growth = chunked / rows["chunked", T // 4][1]
+    print(f"Four times the tokens take the chunked form {growth:.1f} times as long (linear: 4, quadratic: 16).\n")
+
+
+def draw(rows):
+    """Milliseconds against T; the predictions dotted."""
+    figure = lesson.new_figure(width=7, height=4.5)
+    if figure is None:
+        return
+    axis = figure.subplots()
+    for number, form in enumerate(TIMED):
+        predicted = [(T, pair[0] * 1e3) for (name, T), pair in rows.items() if name == form and pair[0]]
+        measured = [(T, pair[1] * 1e3) for (name, T), pair in rows.items() if name == form and pair[1]]
+        if predicted:
+            lengths, times = zip(*predicted, strict=True)
+            axis.plot(lengths, times, ":", color=f"C{number}")
+        lengths, times = zip(*measured, strict=True)
+        axis.plot(lengths, times, "o-", color=f"C{number}")
+        axis.annotate(form, (lengths[-1], times[-1]), xytext=(6, 0), textcoords="offset points", color=f"C{number}")
+    axis.set(xscale="log", yscale="log", xlabel="T", ylabel="milliseconds (dotted: predicted)")
+    axis.margins(x=0.25)
+    lesson.save_figure(
+        figure,
+        "runs/02_linear_attention.png",
+        "Milliseconds of each form against the length, on logarithmic axes: the chunked form is the fastest from "
+        "some hundred tokens on and grows in proportion to the length, softmax and the quadratic form with its square.",
+    )
+
+
+if __name__ == "__main__":
+    times = time_forms()
+    read_times(times)
+    draw(times)
+
+# %% [markdown]
+# ## Which one to use
+#
+# Train, and read a prompt, with `attention`: it is the chunked form. Speak with `recurrent_step`, one token at a time,
+# from the state that `attention` returns. Hold everything against `quadratic_attention`. The textbook form explains the
+# other three.
+
+# %%
+if __name__ == "__main__":
+    lesson.finish()

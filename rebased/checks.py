@@ -1,5 +1,7 @@
 """What can be wrong with the tensors that a user hands in, said in one line where they enter."""
 
+from functools import wraps
+
 import torch
 
 def check_last_dim(x, size, name):
@@ -46,3 +48,24 @@ def check_state(state, shape):
             f"state must be S {tuple(shape)} and z {tuple(shape[:3])} (B, H, P, Dv), "
             f"got {tuple(state.S.shape)} and {tuple(state.z.shape)}"
         )
+
+
+def attention_form(form):
+    """Decorator for form(q, k, v, kernel, ...) -> o or (o, State): the edges that all forms of attention share.
+
+    Inputs are checked (see `check_attention`). The form itself runs in float32, or float64 if one input is, and outside
+    autocast, since sums of thousands of terms need the digits. o comes back in the type of v; states stay as they are.
+    """
+
+    @wraps(form)
+    def wrapped(q, k, v, kernel, *args, **options):
+        check_attention(q, k, v, kernel, args[0] if args else options.get("state"))
+        dtype = torch.float64 if torch.float64 in (q.dtype, k.dtype, v.dtype) else torch.float32
+        with torch.autocast(q.device.type, enabled=False):
+            result = form(q.to(dtype), k.to(dtype), v.to(dtype), kernel, *args, **options)
+        if isinstance(result, torch.Tensor):
+            return result.to(v.dtype)
+        o, state = result
+        return o.to(v.dtype), state
+
+    return wrapped

@@ -97,6 +97,17 @@ def median_seconds(calls, repeats=5):
     return {name: sorted(values)[repeats // 2] for name, values in times.items()}
 
 
+def machine_speed():
+    """(floating-point operations/s of a matrix product, bytes/s of a copy, seconds of an empty call), now, here."""
+    a = torch.randn(1024, 1024)
+    b = torch.randn(2**24)
+    tiny = torch.zeros(1)
+    calls = {"product": lambda: a @ a, "copy": lambda: b.clone(), "call": lambda: tiny + 1}
+    seconds = median_seconds(calls, repeats=9)
+    copied = 2 * b.nbytes  # read and written
+    return 2 * 1024**3 / seconds["product"], copied / seconds["copy"], seconds["call"]
+
+
 # Where a number comes from
 def provenance(file, argv):
     """What a reader of a result must know: command, commit, day, machine, version of PyTorch."""
