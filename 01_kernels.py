@@ -61,17 +61,17 @@ from rebased.checks import check_last_dim, check_positive_integers
 
 # %%
 def scaled_dot(q, k):
-    """s = q·k / √D. q (..., N, D) and k (..., T, D) -> (..., N, T)."""
-    return q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
-
-
-def exp_scores(q, k):
-    """The similarity of softmax, not yet normalised. q (..., N, D), k (..., T, D) -> (..., N, T). [3, section 3.2]
+    """s = q·k / √D. q (..., N, D) and k (..., T, D) -> (..., N, T).
 
     Raises TypeError for tensors that are not floating-point, ValueError for unequal D.
     """
     check_last_dim(q, q.shape[-1], "q")
     check_last_dim(k, q.shape[-1], "k")
+    return q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
+
+
+def exp_scores(q, k):
+    """The similarity of softmax, not yet normalised. q (..., N, D), k (..., T, D) -> (..., N, T). [3, section 3.2]"""
     return torch.exp(scaled_dot(q, k))
 
 # %% [markdown]

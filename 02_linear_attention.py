@@ -38,7 +38,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from rebased import EPS, chunked_cpu, kernels, lesson  # kernels: 01_kernels.py
-from rebased.checks import attention_form, check_attention
+from rebased.checks import attention_form, check_attention, check_positive_integers
 
 # %% [markdown]
 # ## 1. Quadratic: the definition
@@ -166,6 +166,7 @@ def recurrent_step(q, k, v, kernel, state=None):
 @attention_form
 def chunked_attention(q, k, v, kernel, state=None, return_state=False, chunk_size=64):
     """The chunked form, to be read: shapes as in `recurrent_attention`, any T. [5, section 3]"""
+    check_positive_integers(chunk_size=chunk_size)
     S, z = state or empty_state(k, v, kernel)
     outputs = []
     for start in range(0, q.shape[2], chunk_size):
@@ -417,7 +418,7 @@ if __name__ == "__main__":
 # |---|---|---|---|
 # | quadratic | 2T²(D + Dv): two products of T × T | 11 T²: see the code | 10 |
 # | linear | 4 T P Dv: make and read S_i | 4 T P Dv: make, sum (read, write), read | 10 |
-# | recurrent | 4 T P Dv | 5 T P Dv: make φ(k)vᵀ, add (read 2, write), read | 10 a token |
+# | recurrent | 4 T P Dv | 5 T P Dv: make φ(k)vᵀ, add (read 2, write), read | 25 a token, views too |
 # | chunked | T (4 P Dv + 2C(D + Dv)) | 2T(D + Dv) for q, k, v, o and 2 P Dv T/C for S | 8 a chunk |
 #
 # The chunk of the fast form is the one of least predicted cost (`best_chunk` of `rebased/chunked_cpu.py`).
@@ -444,7 +445,7 @@ def predicted_cost(form, T):
     if form == "linear":
         return 4 * T * P * Dv, 4 * T * P * Dv * BYTES, 10
     if form == "recurrent":
-        return 4 * T * P * Dv, 5 * T * P * Dv * BYTES, 10 * T
+        return 4 * T * P * Dv, 5 * T * P * Dv * BYTES, 25 * T
     C = chunk_of(T)
     moved = 2 * T * (D + Dv) + 2 * P * Dv * T / C
     return T * (4 * P * Dv + 2 * C * (D + Dv)), moved * BYTES, 8 * T / C

@@ -1,15 +1,18 @@
 """The specification of 01_kernels.py."""
 
-from importlib import import_module
+import copy
 
 import pytest
 import torch
 
-kernels = import_module("01_kernels")
-NAMES = list(kernels.all_kernels(4))
+from rebased import kernels
+
+NAMES = list(kernels.KERNELS)
+CHECKS = [value for name, value in vars(kernels).items() if name.startswith("check_") and value.__module__ == kernels.__name__]
+STEPS = {**kernels.ABLATION, "rebased": dict(norm=True, gamma=True, beta=True)}
 
 
-@pytest.mark.parametrize("check", kernels.CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_claims_of_the_file(check):
     check()
 
@@ -19,7 +22,7 @@ def test_claims_of_the_file(check):
 def test_features_are_the_scores(name, dim):
     """Also between a few queries and many keys, with leading dimensions."""
     torch.manual_seed(dim)
-    kernel = kernels.all_kernels(dim)[name]
+    kernel = kernels.KERNELS[name](dim)
     q, k = torch.randn(2, 3, 4, dim, dtype=torch.float64), torch.randn(2, 3, 9, dim, dtype=torch.float64)
     scores = kernel.scores(q, k)
     assert scores.shape == (2, 3, 4, 9)
@@ -41,12 +44,12 @@ def test_scores_by_hand(name):
         "elementwise_floor": torch.einsum("id,jd->ij", q**2, k**2) + 0.5,
         "elu": torch.einsum("id,jd->ij", torch.where(q > 0, q + 1, q.exp()), torch.where(k > 0, k + 1, k.exp())),
     }.get(name, s**2 + 0.5 if name.endswith("_floor") else s**2)
-    torch.testing.assert_close(kernels.all_kernels(16)[name].scores(q, k), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(kernels.KERNELS[name](16).scores(q, k), expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_coefficients_are_those_of_the_scores(name):
-    kernel = kernels.all_kernels(16)[name]
+    kernel = kernels.KERNELS[name](16)
     if name in ("elu", "elementwise", "elementwise_floor"):
         assert kernel.coefficients is None
         return
@@ -69,24 +72,39 @@ def test_no_cancellation_near_the_lowest_point():
     torch.testing.assert_close(weight, torch.tensor([2.0**-27]), rtol=1e-3, atol=0)
 
 
-@pytest.mark.parametrize("variant", kernels.LADDER)
-def test_prepare_by_hand(variant):
-    """γ·norm(x) + β over all heads jointly, with only the steps of the variant."""
+@pytest.mark.parametrize("name", [*STEPS, "elementwise"])
+def test_prepare_by_hand(name):
+    """γ·norm(x) + β over all heads jointly, with only the steps of the kernel."""
     torch.manual_seed(0)
-    kernel = kernels.ReBasedKernel(4, heads=3, variant=variant)
+    kernel = kernels.KERNELS[name](4, heads=3)
     for parameter in kernel.parameters():
         torch.nn.init.normal_(parameter)
+    steps = STEPS.get(name, STEPS["rebased"])
     x = torch.randn(2, 5, 12) * 3 + 1
     q, k = kernel.prepare(x, x)
     for prepared, side in ((q, "q"), (k, "k")):
         y = x
-        if "norm" in kernels.LADDER[variant]:
+        if steps["norm"]:
             y = (x - x.mean(-1, keepdim=True)) / torch.sqrt(x.var(-1, keepdim=True, unbiased=False) + 1e-5)
-        if "gamma" in kernels.LADDER[variant]:
+        if steps["gamma"]:
             y = y * getattr(kernel, f"gamma_{side}")
-        if "beta" in kernels.LADDER[variant]:
+        if steps["beta"]:
             y = y + getattr(kernel, f"beta_{side}")
         torch.testing.assert_close(prepared, y)
+
+
+@pytest.mark.parametrize("scale", [1.0, 3e-3])
+def test_the_norm_of_based_by_hand(scale):
+    """One LayerNorm over all heads for q, another for k, each with its own weight and bias; at a small scale its
+    ε of 1e-5 shows."""
+    torch.manual_seed(0)
+    kernel = kernels.KERNELS["based_norm"](4, heads=3)
+    for parameter in kernel.parameters():
+        torch.nn.init.normal_(parameter)
+    x = torch.randn(2, 5, 12) * scale
+    for prepared, norm in zip(kernel.prepare(x, x), (kernel.norm_q, kernel.norm_k), strict=True):
+        y = (x - x.mean(-1, keepdim=True)) / torch.sqrt(x.var(-1, keepdim=True, unbiased=False) + 1e-5)
+        torch.testing.assert_close(prepared, y * norm.weight + norm.bias)
 
 
 def test_parameters_of_rebased():
@@ -104,7 +122,6 @@ def test_parameters_of_rebased():
         lambda: kernels.ReBasedKernel(2.5),
         lambda: kernels.ReBasedKernel(16, floor=-1.0),
         lambda: kernels.TaylorKernel(16, floor=float("nan")),
-        lambda: kernels.ReBasedKernel(16, variant="cubed"),
         lambda: kernels.ReBasedKernel(16).features(torch.randn(3, 15)),
         lambda: kernels.ReBasedKernel(16).scores(torch.randn(3, 16), torch.randn(3, 8)),
         lambda: kernels.ReBasedKernel(16, heads=2).prepare(torch.randn(1, 3, 16), torch.randn(1, 3, 32)),
@@ -124,53 +141,39 @@ def test_other_types_are_named(bad):
         kernels.ReBasedKernel(16).features(bad)
 
 
-def test_main_prints_the_table_and_draws(tmp_path, capsys):
-    figure = tmp_path / "deep" / "figure.png"
-    assert kernels.main(["--figure", str(figure)]) == 0
-    out = capsys.readouterr().out
-    assert "ReBased + ½" in out and out.rstrip().endswith(f"checks: {len(kernels.CHECKS)} passed, 0 failed")
-    assert figure.stat().st_size > 10_000
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "elu"])
+@pytest.mark.parametrize("floor", [0.0, 0.25, 1.0])
+def test_a_floor_may_be_set_at_any_time(name, floor):
+    """Scores move by the difference, coefficients and features follow; parameters stay."""
+    torch.manual_seed(0)
+    kernel = kernels.KERNELS[name](16).double()
+    q, k = torch.randn(2, 5, 16, dtype=torch.float64)
+    before = kernel.scores(q, k) - kernel.floor
+    kernel.floor = floor
+    torch.testing.assert_close(kernel.scores(q, k), before + floor, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(kernel.features(q) @ kernel.features(k).mT, before + floor, rtol=1e-11, atol=1e-12)
+    if kernel.coefficients is not None:
+        c0, c1, c2 = kernel.coefficients
+        s = torch.linspace(-3, 3, 7, dtype=torch.float64)
+        torch.testing.assert_close(kernels.weights_at(kernel.scores, s), c0 + c1 * s + c2 * s**2)
+    assert copy.deepcopy(kernel).floor == floor
+    with pytest.raises(ValueError, match="floor must be 0 or more"):
+        kernel.floor = -0.1
+    assert kernel.floor == floor
 
 
-def test_main_without_matplotlib(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
-    assert kernels.main(["--figure", str(tmp_path / "figure.png")]) == 0
-    assert "matplotlib is not installed" in capsys.readouterr().out
-    assert not (tmp_path / "figure.png").exists()
+def test_features_stand_in_the_order_that_is_promised():
+    """Constant, linear, then the pairs a <= b row by row: fast forms and saved states rely on it."""
+    x = torch.tensor([2.0, 3.0, 5.0], dtype=torch.float64)
+    root2 = 2**0.5
+    pairs = torch.tensor([4, 6 * root2, 10 * root2, 9, 15 * root2, 25], dtype=torch.float64)
+    found = kernels.polynomial_features(x, (4.0, 3**0.5, 3.0))
+    torch.testing.assert_close(found, torch.cat([torch.tensor([2.0], dtype=torch.float64), x, pairs]))
 
 
-def test_a_failed_claim_is_the_exit_status(capsys):
-    def check_that_two_is_three():
-        raise AssertionError("it is not")
-
-    assert kernels.run_checks([check_that_two_is_three]) == 1
-    assert "FAILED  that two is three: it is not\nchecks: 0 passed, 1 failed" in capsys.readouterr().out
-
-
-DRAW = ["01_kernels", "02_linear_attention", "02_linear_attention_cost", "04_train_mqar"]
-REST = ["02_linear_attention_chunked", "03_baselines", "03_model", "04_mqar_data", "04_mqar_sweep"]
-
-
-@pytest.mark.parametrize("file", DRAW + REST)
-def test_unwritable_output_and_unknown_options_end_at_once(file, capsys):
-    with pytest.raises(SystemExit) as stop:
-        import_module(file).main(["--figure" if file in DRAW else "--no-such-option", "/dev/null/figure.png"])
-    assert stop.value.code == 2
-    assert capsys.readouterr().err.splitlines()[-1].count("error:") == 1
-
-
-@pytest.mark.parametrize("file", DRAW + REST)
-def test_help_explains(file, capsys):
-    with pytest.raises(SystemExit) as stop:
-        import_module(file).main(["--help"])
-    assert stop.value.code == 0 and len(capsys.readouterr().out) > 100
-
-
-def test_a_notebook_has_arguments_of_its_own(monkeypatch):
-    """In a notebook sys.argv is the kernel's: it must not reach the parser."""
-    import argparse
-    import sys
-
-    monkeypatch.setitem(sys.modules, "ipykernel", object())
-    monkeypatch.setattr(sys, "argv", ["launcher", "-f", "kernel.json"])
-    assert kernels.parse_arguments(argparse.ArgumentParser(), None) is not None
+def test_the_share_with_queries_anywhere_is_a_mean_over_places():
+    """The closed form against the mean over 200,000 places."""
+    places = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
+    irrelevant = places * 8192 / 2
+    for W in (13.0, 308.0, 5000.0):
+        assert abs(kernels.share_anywhere(8192, W) - (irrelevant / (irrelevant + W)).mean().item()) < 1e-6
