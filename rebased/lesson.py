@@ -81,6 +81,25 @@ def save_figure(figure, path, description):
         display(Image(filename=path, alt=description))
 
 
+def label_ends(axis, ends, gap=0.075):
+    """Write the names of lines beside their right ends, in their colours, no two closer than `gap` of the axis' height.
+
+    ends: [(name, y of the last point, colour)]. Call it when the limits of the axis are set.
+    """
+    to_fraction = axis.transData + axis.transAxes.inverted()
+    right = axis.get_xlim()[1]
+    ends = sorted(ends, key=lambda end: end[1])
+    heights = [to_fraction.transform((right, y))[1] for _, y, _ in ends]
+    for i in range(1, len(heights)):  # from below: push up what is too close
+        heights[i] = max(heights[i], heights[i - 1] + gap)
+    highest = 1.0
+    for i in reversed(range(len(heights))):  # from above: push down what has left the axis
+        heights[i] = highest = min(heights[i], highest)
+        highest -= gap
+    for (name, _, color), height in zip(ends, heights, strict=True):
+        axis.annotate(name, (1.02, height), xycoords="axes fraction", color=color, va="center", annotation_clip=False)
+
+
 # Stopwatch
 def median_seconds(calls, repeats=5):
     """{name: median seconds} of functions that take turns, so that a slow moment of the machine meets all of them.
@@ -109,8 +128,12 @@ def machine_speed():
 
 
 # Where a number comes from
-def provenance(file, argv):
-    """What a reader of a result must know: command, commit, day, machine, version of PyTorch."""
+def provenance(file, argv=None):
+    """What a reader of a result must know: command, commit, day, machine, version of PyTorch.
+
+    argv: what the command line of `file` had; by default that of this program.
+    """
+    argv = command_line() if argv is None else argv
     file = Path(file).resolve()
     git = ["git", "-C", str(file.parent), "describe", "--always", "--dirty"]
     try:
@@ -128,6 +151,11 @@ def provenance(file, argv):
     }
 
 
+def usable_cores():
+    """How many cores this process may use; where the system does not tell, how many there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def processor():
     """The model of the processor, as far as the system tells."""
     cpuinfo = Path("/proc/cpuinfo")  # Linux; elsewhere `platform` knows
@@ -139,11 +167,14 @@ def processor():
 
 
 # The command line
+def command_line():
+    """The arguments of this program. In a notebook's own cells there are none; what `%run` gives is heeded."""
+    return [] if Path(sys.argv[0]).name.endswith("kernel_launcher.py") else sys.argv[1:]
+
+
 def parse_arguments(parser, argv=None):
-    """Parse argv, or the command line. In a notebook's own cells there is none; what `%run` gives is heeded."""
-    if argv is None and Path(sys.argv[0]).name.endswith("kernel_launcher.py"):
-        argv = []
-    return parser.parse_args(argv)
+    """Parse argv, or the command line."""
+    return parser.parse_args(command_line() if argv is None else argv)
 
 
 def positive_integer(text):
