@@ -6,6 +6,7 @@ import platform
 import subprocess
 import sys
 import time
+from dataclasses import fields, replace
 from datetime import date
 from pathlib import Path
 
@@ -177,6 +178,25 @@ def parse_arguments(parser, argv=None):
     return parser.parse_args(command_line() if argv is None else argv)
 
 
+def change(settings, assignments):
+    """A copy of a dataclass of settings, changed by texts like "steps=200". A value has the type of the one before.
+
+    Raises Refusal for a name that is not there and a text that is no such value.
+    """
+    known = [field.name for field in fields(settings)]
+    changes = {}
+    for text in assignments:
+        name, _, value = text.partition("=")
+        if name not in known:
+            raise Refusal(f"{text}: there is no setting {name!r}; choose from {', '.join(known)}")
+        kind = type(getattr(settings, name))
+        try:
+            changes[name] = {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
+        except (KeyError, ValueError):
+            raise Refusal(f"{text}: {name} must be of type {kind.__name__}, as in {name}={getattr(settings, name)}") from None
+    return replace(settings, **changes)
+
+
 def positive_integer(text):
     """An argparse type: an integer of at least 1."""
     if not (text.isascii() and text.isdecimal()) or int(text) < 1:
@@ -201,8 +221,12 @@ def writable_path(text):
 def obey(command, after_a_stop):
     """command(), with one line and exit status 2 instead of a stack trace for what the user can mend.
 
-    after_a_stop: what to tell who pressed Ctrl-C.
+    after_a_stop: what to tell who pressed Ctrl-C. What a terminal cannot show (text of a model, names of files) is shown
+    as ? instead of ending the run.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a notebook's cannot be, and shows everything
+            stream.reconfigure(errors="replace")
     try:
         return command()
     except (Refusal, OSError, UnicodeError) as error:
