@@ -1,375 +1,751 @@
-"""Linear attention on a GPU: the chunked form as Triton kernels, forward and backward."""
+"""Linear attention on a GPU: the chunked form of 02_linear_attention.py as Triton kernels, forward and backward.
+
+Whoever has read Triton's tutorials on matrix multiplication and fused attention can read this file from top to bottom.
+Beside each kernel stands the same computation in a few lines of PyTorch, and the tests hold the two equal.
+
+Equations, with s = q·k/√D and sim = c0 + c1·s + c2·s² = u² + floor, where u = scale·(q·k) + shift
+  forward    w_ij = u_ij² + floor,  den_i = Σ_{j≤i} w_ij + ε,  o_i = Σ_{j≤i} w_ij v_j / den_i
+             earlier segments come in through  S = Σ φ(k_j) v_jᵀ  and  z = Σ φ(k_j)
+  backward   δ_i = do_i·o_i,  dw_ij = (do_i·v_j − δ_i)/den_i,  du_ij = 2 u_ij dw_ij
+             dq_i = scale Σ_{j≤i} du_ij k_j,  dk_j = scale Σ_{i≥j} du_ij q_i,  dv_j = Σ_{i≥j} w_ij do_i/den_i
+             later segments come in through  R = Σ φ(q_i) do_iᵀ/den_i  and  r = −Σ φ(q_i) δ_i/den_i
+
+Letters
+  N = B·H heads, T tokens, D and DV columns of q and v, P features; i counts queries, j keys, f features.
+  Tensors in memory are (N, T, size). On chip, shapes stand in brackets: [TILE, DV].
+
+References
+  [1] Katharopoulos et al., Transformers are RNNs, arXiv 2006.16236: features, S and z (sections 3.2, 3.3).
+  [2] Aksenov et al., Linear Transformers with Learnable Kernel Functions, arXiv 2402.10644: ReBased (section 4).
+  [3] Dao, FlashAttention-2, arXiv 2307.08691: tiles, δ, and two passes backward (section 3.1).
+"""
 
 import functools
 import math
 import os
-from collections import namedtuple
 
 import torch
 
 from rebased import EPS
+from rebased.chunked_cpu import complete_square, count_features
 
+MISSING = "rebased.triton_kernels needs Triton (Linux: pip install triton==3.7.1); everything else runs without it"
 try:
     import triton
     import triton.language as tl
 except ImportError:
-    raise ImportError("rebased.triton_kernels needs Triton (Linux: pip install triton==3.7.1); "
-                      "everything else runs without it") from None
+    raise ImportError(MISSING) from None
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # read by Triton when it is imported: kernels then run on a CPU
+# With TRITON_INTERPRET=1 in the environment Triton runs kernels on the CPU, in NumPy: slowly, but without a GPU.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-
-def complete_square(coefficients, D):
-    """c0 + c1 s + c2 s² with s = q·k/√D -> (scale, shift, floor) of u² + floor with u = scale·q·k + shift."""
-    c0, c1, c2 = coefficients
-    return math.sqrt(c2 / D), c1 / (2 * math.sqrt(c2)), c0 - c1 * c1 / (4 * c2)
-
-
-def count_features(coefficients, D):
-    """P: how many features these coefficients have."""
-    c0, c1, c2 = coefficients
-    return bool(c0) + bool(c1) * D + bool(c2) * D * (D + 1) // 2
-
-
-# %% Sizes
-# The state of a head is 35 KB, the k and v of 218 tokens: chunks of 64 would move eight times the bytes of q, k, v and o.
-# So a segment is long. A program has one TILE of its queries (or keys) and meets the others STEP by STEP; it reads the
-# state once, so a tile of 128 reads half as much as two of 64.
-SEGMENT, TILE, STEP, FEATURES = 512, 128, 64, 32  # tokens a state, a program, a step; rows of the state at a time
-
-# What the compiler must know. STATE: numbers of a state, S then z, up to a multiple of 16 (alignment). TYPE, PRECISION:
-# of the factors of a product; sums are float32. WARPS of a program with a tile: two of Hopper's warpgroups.
-Sizes = namedtuple("Sizes", "D DV P P_PAD STATE SEGMENT TILE STEP F WARPS TYPE PRECISION EPS")
-
-
-def sizes_for(D, Dv, P, dtype, segment=SEGMENT):
-    """bfloat16 is multiplied as it is, float16 as tf32, with its 10 bits and a range that S does not overflow, float32
-    exactly ("ieee"), off the tensor cores. Operands of four bytes go in half tiles: registers would not suffice."""
-    part = 1 if dtype == torch.bfloat16 else 2
-    tile = min(TILE // part, segment)
-    return Sizes(D, Dv, P, -(-P // FEATURES) * FEATURES, -(-P * (Dv + 1) // 16) * 16, segment, tile, STEP // part, FEATURES,
-                 8, tl.bfloat16 if part == 1 else tl.float32, "ieee" if dtype == torch.float32 else "tf32", EPS)
+# 1. Sizes
+#
+# The textbook's chunk of 64 tokens is wrong on a GPU. A state is P·(DV + 1) float32 numbers, 42 KB at D = 16, DV = 64:
+# as much as the k and v of 260 tokens in bfloat16. With a state every 64 tokens, states would be most of the traffic.
+# So a *segment* is long, and inside it the quadratic form runs in *tiles*, as in FlashAttention:
+#
+#                 keys of one segment of 512 ->
+#               +----+----+----+----+----+----+----+----+
+#     program 0 | \  | \  |                                 a program owns TILE = 128 queries and walks over the keys
+#               |  \ |  \ |                                 before them, STEP = 64 at a time; only the last two steps
+#               +----+----+----+----+                       need a mask (\)
+#     program 1 |    |    | \  | \  |
+#               |    |    |  \ |  \ |
+#               +----+----+----+----+----+----+
+#     program 2 |    |    |    |    | \  | \  |
+#               |    |    |    |    |  \ |  \ |             everything left of the segment is one product
+#               +----+----+----+----+----+----+----+----+   with the state, [TILE, P] x [P, DV]
+SEGMENT = 512  # states are then a quarter of all traffic; 1,024 would save little of it and double the tiles
+TILE = 128  # queries (or keys) of a program: two of Hopper's warpgroups of 64 rows; the state is read once a tile
+STEP = 64  # what a program meets at a time: the weights [128, 64] take 32 registers a thread, of 255
+BLOCK_F = tl.constexpr(32)  # features at a time: φ [128, 32] takes 16 registers a thread
+COLUMNS = 256  # numbers of a state that one program of the scan carries along
+ROWS = 16  # slots that the scan reads at a time: sixteen loads are then under way at once
+EPS_ON_CHIP = tl.constexpr(EPS)  # a kernel may read a global only if it is a tl.constexpr
 
 
-@triton.constexpr_function
-def padded(size):
-    """A tensor core takes a power of 2, at least 16."""
-    return triton.next_power_of_2(max(16, size))
+def known_to_the_compiler(D, DV, P_PAD, dtype, segment):
+    """The tl.constexpr arguments by name, and num_warps. dtype: that of v.
 
-# %% φ as a table
-# Every feature of 01 is a product of two coordinates, φ_f(x) = c_f · x[a_f] · x[b_f], an index of −1 reading 1. On chip
-# a product with a one-hot matrix picks coordinates, exactly, on the tensor cores; transposed, it carries a gradient back.
+    bfloat16 is multiplied as it is. float16 is multiplied as tf32, which has its 10 bits and a range that a sum over
+    64k tokens does not leave. float32 is multiplied exactly ("ieee"), without tensor cores.
+    Factors of four bytes take twice the registers and shared memory, so they come in half the tiles.
+    """
+    half = dtype == torch.bfloat16
+    tile = min(TILE if half else TILE // 2, segment)
+    return {
+        "D": D,
+        "DV": DV,
+        "BLOCK_D": max(16, triton.next_power_of_2(D)),  # tl.dot wants powers of two from 16 on
+        "BLOCK_DV": max(16, triton.next_power_of_2(DV)),
+        "P_PAD": P_PAD,
+        "SEGMENT": segment,
+        "TILE": tile,
+        "STEP": STEP if half else STEP // 2,
+        "DTYPE": tl.bfloat16 if half else tl.float32,  # of the factors of tl.dot; its sums are always float32
+        "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+        "num_warps": 8 if tile == 128 else 4,  # 16 rows of a tile for each warp
+    }
+
+
+# 2. φ as a table
+#
+# Every feature of 01 is a constant times two coordinates, φ_f(x) = c_f · x[a_f] · x[b_f], if an index of −1 reads 1.
+# At D = 2, for 1 + s + s²/2:
+#
+#     f      0      1      2      3      4      5
+#     a     −1      0      1      0      0      1        φ(x) = [c₀, c₁x₀, c₂x₁, c₃x₀x₀, c₄x₀x₁, c₅x₁x₁]
+#     b     −1     −1     −1      0      1      1
+#
+# So one kernel serves every polynomial of degree two and every D; only the table differs.
+@torch.compiler.assume_constant_result  # torch.compile calls it once, while it compiles, and keeps the tensor
 @functools.lru_cache
 def feature_table(coefficients, D, device):
-    """float32 (3, P_PAD): the rows a, b and c, in the order of 01's `features`; padding has c = 0."""
-    (c0, c1, c2), root_d = coefficients, math.sqrt(D)
-    rows = [(-1, -1, math.sqrt(c0))] if c0 else []
-    rows += [(a, -1, math.sqrt(c1 / root_d)) for a in range(D)] if c1 else []
-    for a in range(D):  # pairs a <= b, as torch.triu_indices lists them
+    """float32 (3, P_PAD): the rows a, b, c, in the order of 01's features; padded to BLOCK_F with c = 0.
+
+    It is copied to the GPU once and kept. A CUDA graph must not record that copy: torch.compile makes the table before
+    it records one, and a graph of one's own needs the usual call before the recording, or there is a RuntimeError.
+    """
+    if torch.device(device).type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("call chunked_attention once before a CUDA graph records it: the first call makes a table")
+    c0, c1, c2 = coefficients
+    rows = []
+    if c0:
+        rows.append((-1, -1, math.sqrt(c0)))
+    if c1:
+        for a in range(D):
+            rows.append((a, -1, math.sqrt(c1 / math.sqrt(D))))
+    for a in range(D):
         for b in range(a, D):
-            rows.append((a, b, math.sqrt(c2 / D * (1 if a == b else 2))))
-    return torch.tensor(rows + [(-1, -1, 0.0)] * (-len(rows) % FEATURES), device=device).T.contiguous()
+            twice = 1 if a == b else 2  # x_a x_b and x_b x_a are one feature
+            rows.append((a, b, math.sqrt(c2 / D * twice)))
+    while len(rows) % BLOCK_F.value:
+        rows.append((0, 0, 0.0))
+    with torch.inference_mode(False):  # made for good, also if the first call happens to be inference
+        return torch.tensor(rows, dtype=torch.float32, device=device).T.contiguous()
 
-# %% On chip: small parts
-# Tensors are (N, T, size), N = B·H. Rows beyond T and columns beyond the size read 0; offsets can pass 2³¹.
+
+def reads_ones(coefficients):
+    """Whether an index of −1 occurs in the table: the constexpr ONES."""
+    return bool(coefficients[0]) or bool(coefficients[1])
+
+
+def features_reference(x, table):
+    """x (N, T, D) -> φ(x) (N, T, P_PAD)."""
+    a, b, c = table
+    x_and_1 = torch.nn.functional.pad(x, (0, 1), value=1.0)  # column −1 reads 1
+    return c * x_and_1[..., a.long()] * x_and_1[..., b.long()]
+
+
+# A GPU cannot index registers: x[a_f] would be a trip to memory. A product can: with the one-hot matrix A, whose column
+# f has its 1 in row a_f, x @ A puts x[a_f] into column f, exactly, on the tensor cores. The same matrices, transposed,
+# carry the gradient back, since d(c x_a x_b) = c x_b dx_a + c x_a dx_b:
+#
+#     φ(x) = c · (x A) · (x B)              dx = (dφ · c · (x B)) Aᵀ + (dφ · c · (x A)) Bᵀ
 @triton.jit
-def place(n, t, T, SIZE: tl.constexpr):
-    """Offsets and mask of rows t of head n: [rows, SIZE padded]."""
-    d = tl.arange(0, padded(SIZE))
-    return (tl.cast(n, tl.int64) * T + t)[:, None] * SIZE + d[None, :], (t < T)[:, None] & (d < SIZE)[None, :]
+def factors(x, table, f, P_PAD: tl.constexpr, BLOCK_D: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+            ONES: tl.constexpr):
+    """x [rows, D] -> x[a_f] and x[b_f] [rows, F], c [1, F], A and B [D, F]."""
+    a = tl.load(table + f)[None, :]  # [1, F]
+    b = tl.load(table + P_PAD + f)[None, :]
+    c = tl.load(table + 2 * P_PAD + f)[None, :]
+    d = tl.arange(0, BLOCK_D)[:, None].to(tl.float32)
+    A = (d == a).to(DTYPE)  # [D, F]
+    B = (d == b).to(DTYPE)
+    xa = tl.dot(x, A, input_precision=PRECISION)  # [rows, F]
+    xb = tl.dot(x, B, input_precision=PRECISION)
+    if ONES:  # the column of an index −1 is all 0: here it gets its 1
+        xa += (a < 0).to(tl.float32)
+        xb += (b < 0).to(tl.float32)
+    return xa, xb, c, A, B
+
+
+def features_backward_reference(x, dphi, table):
+    """The gradient of x (N, T, D), from that of φ(x) (N, T, P_PAD)."""
+    a, b, c = table
+    x_and_1 = torch.nn.functional.pad(x, (0, 1), value=1.0)
+    dx = torch.zeros_like(x_and_1)
+    index_a = (a.long() % dx.shape[-1]).expand_as(dphi)  # −1 becomes the last column
+    index_b = (b.long() % dx.shape[-1]).expand_as(dphi)
+    dx.scatter_add_(2, index_a, dphi * c * x_and_1.gather(2, index_b))
+    dx.scatter_add_(2, index_b, dphi * c * x_and_1.gather(2, index_a))
+    return dx[..., :-1]
+
+
+# 3. The states: step 4 of 02 comes first
+#
+# In 02 the chunks follow each other, each adding to S. Here every segment sums its own φ(k) vᵀ, all at the same time,
+# and a scan then makes prefixes of the sums. They lie in *slots*; slot 0 holds the initial state (or 0):
+#
+#     segment           0           1           2           3
+#                 +-----------+-----------+-----------+-----------+
+#     tokens      |  0 - 511  | 512 -1023 | 1024-1535 | 1536-2047 |
+#                 +-----------+-----------+-----------+-----------+
+#     state_kernel      \           \           \           \           Σ φ(k) vᵀ of one segment
+#     slot        0      `---> 1     `---> 2     `---> 3     `---> 4
+#               [init]       [Σ₀]        [Σ₁]        [Σ₂]        [Σ₃]
+#     scan_kernel  ------------------ prefix sums ----------------->
+#               [init]  [init+Σ₀]  [init+Σ₀+Σ₁]     ...      [init+Σ₀+...+Σ₃]
+#     read by   segment 0    segment 1   segment 2   segment 3    (the final state)
+#
+# After an *inclusive* scan slot s is what came before segment s: nothing is shifted, and nothing is ever subtracted.
+# The last slot is made only if the final state is asked for. With one segment and no initial state there are no slots
+# at all, and what is left is the quadratic form: one path for every T.
+#
+# The backward pass needs the same sums the other way around, over the queries *after* a segment. REVERSE is the mirror
+# image: x, y are q, do instead of k, v; slot 0 holds the gradient of the final state; the last segment comes first.
+#
+# In memory a slot is S [P_PAD, DV], then z [P_PAD]. Features that are only padding are 0 in both.
+def count_slots(T, segment, edge, keep):
+    """How many slots there are. edge: slot 0 holds something. keep: the sum of all segments is asked for."""
+    segments = -(-T // segment)
+    slots = segments + keep
+    return slots if slots > 1 or edge else 0
 
 
 @triton.jit
-def load(x, n, t, T, SIZE: tl.constexpr, TYPE: tl.constexpr):
-    where, mask = place(n, t, T, SIZE)
-    return tl.load(x + where, mask=mask, other=0.0).to(TYPE)
+def state_kernel(
+    x, y, inv_den, delta, table, states, T, slots,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, P_PAD: tl.constexpr,
+    SEGMENT: tl.constexpr, STEP: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, ONES: tl.constexpr,
+    REVERSE: tl.constexpr,
+):
+    """A program sums BLOCK_F features over one segment of one head, and writes them into the segment's slot."""
+    # Only the first axis of a grid may exceed 65,535, so all counts share it. Offsets to a head need 64 bits.
+    blocks = P_PAD // BLOCK_F
+    block = tl.program_id(0) % blocks
+    step = tl.program_id(0) // blocks % (slots - 1)
+    n = (tl.program_id(0) // blocks // (slots - 1)).to(tl.int64)
+    segment = step
+    if REVERSE:
+        segment = tl.cdiv(T, SEGMENT) - 1 - step
+    x += n * T * D
+    y += n * T * DV
+    states += (n * slots + step + 1) * P_PAD * (DV + 1)
+    d = tl.arange(0, BLOCK_D)
+    e = tl.arange(0, BLOCK_DV)
+    f = block * BLOCK_F + tl.arange(0, BLOCK_F)
+
+    # S is summed transposed, with DV = 64 rows: Hopper's warpgroups multiply 64 rows at a time, and F is only 32.
+    S_transposed = tl.zeros((BLOCK_DV, BLOCK_F), tl.float32)
+    z = tl.zeros((STEP, BLOCK_F), tl.float32)
+    for start in range(segment * SEGMENT, min(segment * SEGMENT + SEGMENT, T), STEP):
+        t = start + tl.arange(0, STEP)
+        x_tile = tl.load(x + t[:, None] * D + d[None, :], mask=(t[:, None] < T) & (d[None, :] < D), other=0.0)
+        y_tile = tl.load(y + t[:, None] * DV + e[None, :], mask=(t[:, None] < T) & (e[None, :] < DV), other=0.0)
+        xa, xb, c, _, _ = factors(x_tile.to(DTYPE), table, f, P_PAD, BLOCK_D, DTYPE, PRECISION, ONES)
+        if REVERSE:  # φ(q)/den meets do, and −δ for r; beyond T the load of 1/den gives 0
+            inv = tl.load(inv_den + n * T + t, mask=t < T, other=0.0)
+            y_column = -tl.load(delta + n * T + t, mask=t < T, other=0.0)
+            phi = (xa * xb * c * inv[:, None]).to(DTYPE)  # [STEP, F]
+        else:  # φ(k) meets v, and 1 for z; beyond T that must be a 0, since the constant feature is not 0 there
+            y_column = (t < T).to(tl.float32)
+            phi = (xa * xb * c).to(DTYPE)
+        S_transposed = tl.dot(tl.trans(y_tile.to(DTYPE)), phi, S_transposed, input_precision=PRECISION)
+        z += phi.to(tl.float32) * y_column[:, None]
+
+    tl.store(states + f[:, None] * DV + e[None, :], tl.trans(S_transposed), mask=e[None, :] < DV)
+    tl.store(states + P_PAD * DV + f, tl.sum(z, 0))
 
 
+def states_reference(phi, y, segment, edge, keep):
+    """phi (N, T, P_PAD) and y (N, T, DV + 1), its last column for z -> slots before the scan, (N, slots, P_PAD, DV + 1).
+
+    In reverse: the same, of tensors whose time runs backwards, segment by segment.
+    """
+    sums = [edge]
+    for phi_s, y_s in zip(phi.split(segment, 1), y.split(segment, 1), strict=True):
+        sums.append(phi_s.mT @ y_s)
+    return torch.stack(sums if keep else sums[:-1], 1)
+
+
+# The scan. A program carries COLUMNS numbers of a head's state through all its slots, ROWS slots at a time: tl.cumsum
+# inside those, a running total from one set to the next. No atomics here or elsewhere: two runs give the same bits.
 @triton.jit
-def store(x, n, t, T, SIZE: tl.constexpr, values):
-    where, mask = place(n, t, T, SIZE)
-    tl.store(x + where, values.to(x.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def load_row(x, n, t, T):
-    return tl.load(x + n.to(tl.int64) * T + t, mask=t < T, other=0.0)
-
-
-@triton.jit
-def product(a, b, sizes: tl.constexpr, total=None):
-    """total + a @ b: factors in TYPE, the sum in float32."""
-    return tl.dot(a.to(sizes.TYPE), b.to(sizes.TYPE), total, input_precision=sizes.PRECISION)
-
-
-@triton.jit
-def factors(x, table, f, sizes: tl.constexpr):
-    """x [rows, D] -> x[a_f], x[b_f] [rows, F], c [1, F], and the one-hot matrices A, B [D, F]."""
-    table += f[None, :]
-    a, b, c = tl.load(table), tl.load(table + sizes.P_PAD), tl.load(table + 2 * sizes.P_PAD)
-    d = tl.arange(0, padded(sizes.D)).to(tl.float32)[:, None]
-    A, B = (d == a).to(sizes.TYPE), (d == b).to(sizes.TYPE)
-    return product(x, A, sizes) + (a < 0).to(tl.float32), product(x, B, sizes) + (b < 0).to(tl.float32), c, A, B
-
-
-@triton.jit
-def features_and_state(x, table, states, slot, block, sizes: tl.constexpr):
-    """For F features from `block` on: what `factors` gives, and their rows of a slot's state, S [F, DV] and z [1, F]."""
-    f, states = block + tl.arange(0, sizes.F), states + slot.to(tl.int64) * sizes.STATE
-    xa, xb, c, A, B = factors(x, table, f, sizes)
-    z = tl.load(states + sizes.P * sizes.DV + f, mask=f < sizes.P, other=0.0)
-    return xa, xb, c, A, B, load(states, 0, f, sizes.P, sizes.DV, tl.float32), z[None, :]
-
-# %% Step 4 of 02 first: what a segment adds to the state
-# In 02 the chunks follow each other. Here all segments sum their φ(k) vᵀ at once, a program for each and for each block
-# of features, and a scan makes prefixes. Slot 0 holds the initial state, segment s goes into slot s + 1: after an
-# *inclusive* scan slot s is what came before segment s, and the last slot is the final state. No shift, no subtraction.
-# REVERSE is the mirror image: (x, y) is (q, do), slot 0 the gradient of the final state, the last segment comes first.
-# S is summed transposed, [DV, F]: a warpgroup takes 64 rows.
-@triton.jit
-def state_kernel(x, y, inverse, delta, table, states, T, steps, slots, sizes: tl.constexpr, REVERSE: tl.constexpr):
-    program, BLOCKS = tl.program_id(0), sizes.P_PAD // sizes.F
-    f = program % BLOCKS * sizes.F + tl.arange(0, sizes.F)
-    step, n = program // BLOCKS % steps, program // BLOCKS // steps
-    first = (slots - 2 - step if REVERSE else step) * sizes.SEGMENT
-    S, z = tl.zeros((padded(sizes.DV), sizes.F), tl.float32), tl.zeros((sizes.STEP, sizes.F), tl.float32)
-    for start in range(first, min(first + sizes.SEGMENT, T), sizes.STEP):
-        t = start + tl.arange(0, sizes.STEP)
-        xa, xb, c, _, _ = factors(load(x, n, t, T, sizes.D, sizes.TYPE), table, f, sizes)
-        if REVERSE:  # φ/den, which meets do and −δ
-            phi, ones = (xa * xb * c * load_row(inverse, n, t, T)[:, None]).to(sizes.TYPE), -load_row(delta, n, t, T)
-        else:  # φ, which meets v and 1; 0 beyond T, where the constant feature is not 0
-            phi, ones = (xa * xb * c).to(sizes.TYPE), (t < T).to(tl.float32)
-        S = product(tl.trans(load(y, n, t, T, sizes.DV, sizes.TYPE)), phi, sizes, S)
-        z += phi.to(tl.float32) * ones[:, None]
-    states += (n * slots + step + 1).to(tl.int64) * sizes.STATE
-    store(states, 0, f, sizes.P, sizes.DV, tl.trans(S))
-    tl.store(states + sizes.P * sizes.DV + f, tl.sum(z, 0), mask=f < sizes.P)
-
-# %% The scan: prefix sums over the slots, in place; no atomics here or elsewhere, so two runs give the same bits
-ROWS, COLUMNS = 16, 256  # slots at a time, so that sixteen loads are under way at once; numbers of a state a program
-
-
-@triton.jit
-def scan_kernel(states, steps, slots, STATE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    column = tl.program_id(0) % tl.cdiv(STATE, COLUMNS) * COLUMNS + tl.arange(0, COLUMNS)
-    states += (tl.program_id(0) // tl.cdiv(STATE, COLUMNS)).to(tl.int64) * slots * STATE
+def scan_kernel(states, slots, STATE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Prefix sums over the slots (N, slots, STATE), in place."""
+    blocks = tl.cdiv(STATE, COLUMNS)
+    column = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)
+    n = (tl.program_id(0) // blocks).to(tl.int64)
+    states += n * slots * STATE
     total = tl.zeros((COLUMNS,), tl.float32)
-    for start in range(0, steps + 1, ROWS):
+    for start in range(0, slots, ROWS):
         slot = (start + tl.arange(0, ROWS)).to(tl.int64)
-        where, mask = slot[:, None] * STATE + column[None, :], (slot <= steps)[:, None] & (column < STATE)[None, :]
-        x = tl.load(states + where, mask=mask, other=0.0)
-        tl.store(states + where, tl.cumsum(x, 0) + total[None, :], mask=mask)
+        where = states + slot[:, None] * STATE + column[None, :]
+        mask = (slot[:, None] < slots) & (column[None, :] < STATE)
+        x = tl.load(where, mask=mask, other=0.0)  # [ROWS, COLUMNS]
+        tl.store(where, tl.cumsum(x, 0) + total[None, :], mask=mask)
         total += tl.sum(x, 0)
 
-# %% Steps 1 to 3: the output
-# A program takes a tile of queries. With T ≤ 512 and no initial state this is the quadratic form: one path for every T.
-# den sums the *rounded* weights, those that multiply v: then they add up to 1 exactly, and o_0 is v_0. The sum is a
-# product as well, with 16 columns of ones (02 has them in v). `first`: the first segment with something before it.
-@triton.jit
-def output_kernel(q, k, v, o, low, inverse, table, states, scale, shift, floor, T, slots, first, sizes: tl.constexpr):
-    n, start = tl.program_id(0) // tl.cdiv(T, sizes.TILE), tl.program_id(0) % tl.cdiv(T, sizes.TILE) * sizes.TILE
-    i, segment = start + tl.arange(0, sizes.TILE), start // sizes.SEGMENT
-    qt, ones = load(q, n, i, T, sizes.D, sizes.TYPE), tl.full((sizes.STEP, 16), 1.0, sizes.TYPE)
-    num, den = tl.zeros((sizes.TILE, padded(sizes.DV)), tl.float32), tl.zeros((sizes.TILE, 16), tl.float32)
-    # 1. Inside the segment: the quadratic form, step by step. Keys after the query weigh 0, those beyond T among them.
-    for past in range(segment * sizes.SEGMENT, start + sizes.TILE, sizes.STEP):
-        j = past + tl.arange(0, sizes.STEP)
-        u = product(qt, tl.trans(load(k, n, j, T, sizes.D, sizes.TYPE)), sizes) * scale + shift  # [TILE, STEP]
-        w = u * u + floor
-        if past >= start:
-            w = tl.where(i[:, None] >= j[None, :], w, 0.0)
-        num = product(w, load(v, n, j, T, sizes.DV, sizes.TYPE), sizes, num)
-        den = product(w, ones, sizes, den)
-    den = tl.sum(den, 1) / 16
-    # 2. Everything before: the state, read by φ(q), F features at a time.
-    if segment >= first:
-        for block in range(0, sizes.P_PAD, sizes.F):
-            xa, xb, c, _, _, S, z = features_and_state(qt, table, states, n * slots + segment, block, sizes)
-            phi = (xa * xb * c).to(sizes.TYPE)
-            num = product(phi, S, sizes, num)
-            den += tl.sum(phi.to(tl.float32) * z, 1)
-    # 3. One division. For the backward: 1/den, and `low`, what rounding took from o.
-    den = 1 / (den + sizes.EPS)
-    num *= den[:, None]
-    store(o, n, i, T, sizes.DV, num)
-    store(low, n, i, T, sizes.DV, num - num.to(o.dtype.element_ty).to(tl.float32))
-    tl.store(inverse + n.to(tl.int64) * T + i, den, mask=i < T)
 
-# %% Backward, the queries
-# Where den is tiny, 1/den makes noise of a δ from a rounded o; summing δ anew from all weights takes as long as dq. So
-# δ = do·(o + low). 1/den is the same for all terms of a query and comes last.
+def scan_reference(states):
+    """states (N, slots, ...) -> the same, summed up."""
+    return states.cumsum(1)
+
+
+# 4. The output: steps 1 to 3 of 02
+#
+# den sums the *rounded* weights, those that multiply v. Then the weights add up to 1 exactly, and o_0 is v_0. The sum
+# is a tl.dot as well, with 16 columns of ones, as 02 puts a column of ones into v.
+#
+# What rounding takes from o. The backward pass subtracts δ_i = do_i·o_i from do_i·v_j and divides by den_i. In the first
+# rows of a sequence den can be 1e-6, and there the difference must almost vanish: after a single key, o_0 = v_0 and the
+# difference is 0. With an o rounded to bfloat16, right to three digits, it is not 0, and 1/den makes noise of it. So
+# this kernel stores o for the model, and `rounding_error`, what rounding took from o, for the backward pass: their sum
+# is o to six digits. It costs a tenth of the traffic. Summing δ anew from all the weights would take as long as dq.
 @triton.jit
-def query_kernel(q, k, v, do, o, low, dq, inverse, delta, table, states, scale, shift, floor, T, slots, first,
-                 sizes: tl.constexpr):
-    n, start = tl.program_id(0) // tl.cdiv(T, sizes.TILE), tl.program_id(0) % tl.cdiv(T, sizes.TILE) * sizes.TILE
-    i, segment = start + tl.arange(0, sizes.TILE), start // sizes.SEGMENT
-    qt, dot = load(q, n, i, T, sizes.D, sizes.TYPE), load(do, n, i, T, sizes.DV, sizes.TYPE)
-    o_exact = load(o, n, i, T, sizes.DV, tl.float32) + load(low, n, i, T, sizes.DV, tl.float32)
-    d = tl.sum(dot.to(tl.float32) * o_exact, 1)[:, None]
-    tl.store(delta + n.to(tl.int64) * T + i[:, None], d, mask=i[:, None] < T)
-    dqt = tl.zeros((sizes.TILE, padded(sizes.D)), tl.float32)
-    for past in range(segment * sizes.SEGMENT, start + sizes.TILE, sizes.STEP):
-        j = past + tl.arange(0, sizes.STEP)
-        kt = load(k, n, j, T, sizes.D, sizes.TYPE)
-        u = product(qt, tl.trans(kt), sizes) * scale + shift
-        du = (product(dot, tl.trans(load(v, n, j, T, sizes.DV, sizes.TYPE)), sizes) - d) * u
+def output_kernel(
+    q, k, v, o, rounding_error, inv_den, table, states, scale, shift, floor, T, slots, first,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, P_PAD: tl.constexpr,
+    SEGMENT: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    ONES: tl.constexpr,
+):
+    """A program makes TILE rows of o. first: the first segment with something before it (0 with an initial state)."""
+    tiles = tl.cdiv(T, TILE)
+    start = tl.program_id(0) % tiles * TILE
+    n = (tl.program_id(0) // tiles).to(tl.int64)
+    segment = start // SEGMENT
+    q += n * T * D
+    k += n * T * D
+    v += n * T * DV
+    o += n * T * DV
+    rounding_error += n * T * DV
+    i = start + tl.arange(0, TILE)
+    d = tl.arange(0, BLOCK_D)
+    e = tl.arange(0, BLOCK_DV)
+    q_tile = tl.load(q + i[:, None] * D + d[None, :], mask=(i[:, None] < T) & (d[None, :] < D), other=0.0).to(DTYPE)
+    ones = tl.full((STEP, 16), 1.0, DTYPE)
+    num = tl.zeros((TILE, BLOCK_DV), tl.float32)
+    den = tl.zeros((TILE, 16), tl.float32)
+
+    # Step 1. Inside the segment: the quadratic form.
+    for past in range(segment * SEGMENT, start + TILE, STEP):
+        j = past + tl.arange(0, STEP)
+        k_tile = tl.load(k + j[:, None] * D + d[None, :], mask=(j[:, None] < T) & (d[None, :] < D), other=0.0)
+        v_tile = tl.load(v + j[:, None] * DV + e[None, :], mask=(j[:, None] < T) & (e[None, :] < DV), other=0.0)
+        u = tl.dot(q_tile, tl.trans(k_tile.to(DTYPE)), input_precision=PRECISION) * scale + shift  # [TILE, STEP]
+        w = u * u + floor
+        if past >= start:  # on the diagonal: keys after the query weigh 0, and those beyond T are among them
+            w = tl.where(i[:, None] >= j[None, :], w, 0.0)
+        w = w.to(DTYPE)
+        num = tl.dot(w, v_tile.to(DTYPE), num, input_precision=PRECISION)
+        den = tl.dot(w, ones, den, input_precision=PRECISION)
+    den = tl.sum(den, 1) / 16  # 16 equal columns
+
+    # Step 2. All segments before: the state, read by φ(q), BLOCK_F features at a time.
+    if segment >= first:
+        states += (n * slots + segment) * P_PAD * (DV + 1)
+        for block in range(0, P_PAD, BLOCK_F):
+            f = block + tl.arange(0, BLOCK_F)
+            S = tl.load(states + f[:, None] * DV + e[None, :], mask=e[None, :] < DV, other=0.0)
+            z = tl.load(states + P_PAD * DV + f)
+            xa, xb, c, _, _ = factors(q_tile, table, f, P_PAD, BLOCK_D, DTYPE, PRECISION, ONES)
+            phi = (xa * xb * c).to(DTYPE)  # [TILE, F]
+            num = tl.dot(phi, S.to(DTYPE), num, input_precision=PRECISION)
+            den += tl.sum(phi.to(tl.float32) * z[None, :], 1)
+
+    # Step 3. One division.
+    inv = 1 / (den + EPS_ON_CHIP)
+    exact = num * inv[:, None]
+    rounded = exact.to(o.dtype.element_ty)
+    where = i[:, None] * DV + e[None, :]
+    mask = (i[:, None] < T) & (e[None, :] < DV)
+    tl.store(o + where, rounded, mask=mask)
+    tl.store(rounding_error + where, (exact - rounded.to(tl.float32)).to(rounding_error.dtype.element_ty), mask=mask)
+    tl.store(inv_den + n * T + i, inv, mask=i < T)
+
+
+def output_reference(q, k, v, states, table, square, segment):
+    """q, k, v (N, T, size), states after the scan (N, slots, P_PAD, DV + 1) -> o (N, T, DV), 1/den (N, T, 1)."""
+    scale, shift, floor, _ = square
+    o, inv_den = [], []
+    for s, (q_s, k_s, v_s) in enumerate(zip(q.split(segment, 1), k.split(segment, 1), v.split(segment, 1), strict=True)):
+        u = scale * q_s @ k_s.mT + shift
+        w = (u.square() + floor).tril()  # (N, segment, segment)
+        from_state = features_reference(q_s, table) @ states[:, s]  # (N, segment, DV + 1): num, and den in the last column
+        inv = 1 / (w.sum(-1, keepdim=True) + from_state[..., -1:] + EPS)
+        o.append((w @ v_s + from_state[..., :-1]) * inv)
+        inv_den.append(inv)
+    return torch.cat(o, 1), torch.cat(inv_den, 1)
+
+
+# 5. Backward, the queries
+#
+# The same walk as in the output: the keys before a query, then the state. 1/den is the same for every term of a query,
+# so it comes last. δ is stored on the way: the kernels of the next section read it.
+@triton.jit
+def query_kernel(
+    q, k, v, do, o, rounding_error, dq, inv_den, delta, table, states, scale, shift, floor, T, slots, first,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, P_PAD: tl.constexpr,
+    SEGMENT: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    ONES: tl.constexpr,
+):
+    """A program makes TILE rows of dq and of δ."""
+    tiles = tl.cdiv(T, TILE)
+    start = tl.program_id(0) % tiles * TILE
+    n = (tl.program_id(0) // tiles).to(tl.int64)
+    segment = start // SEGMENT
+    q += n * T * D
+    k += n * T * D
+    v += n * T * DV
+    do += n * T * DV
+    o += n * T * DV
+    rounding_error += n * T * DV
+    dq += n * T * D
+    i = start + tl.arange(0, TILE)
+    d = tl.arange(0, BLOCK_D)
+    e = tl.arange(0, BLOCK_DV)
+    row_mask = (i[:, None] < T) & (e[None, :] < DV)
+    q_tile = tl.load(q + i[:, None] * D + d[None, :], mask=(i[:, None] < T) & (d[None, :] < D), other=0.0).to(DTYPE)
+    do_tile = tl.load(do + i[:, None] * DV + e[None, :], mask=row_mask, other=0.0).to(DTYPE)
+
+    # δ, from an o that was not rounded
+    o_tile = tl.load(o + i[:, None] * DV + e[None, :], mask=row_mask, other=0.0).to(tl.float32)
+    o_tile += tl.load(rounding_error + i[:, None] * DV + e[None, :], mask=row_mask, other=0.0).to(tl.float32)
+    delta_tile = tl.sum(do_tile.to(tl.float32) * o_tile, 1)
+    tl.store(delta + n * T + i, delta_tile, mask=i < T)
+
+    # Inside the segment: du_ij, up to its factor 2/den_i
+    dq_tile = tl.zeros((TILE, BLOCK_D), tl.float32)
+    for past in range(segment * SEGMENT, start + TILE, STEP):
+        j = past + tl.arange(0, STEP)
+        k_tile = tl.load(k + j[:, None] * D + d[None, :], mask=(j[:, None] < T) & (d[None, :] < D), other=0.0).to(DTYPE)
+        v_tile = tl.load(v + j[:, None] * DV + e[None, :], mask=(j[:, None] < T) & (e[None, :] < DV), other=0.0)
+        u = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale + shift  # [TILE, STEP]
+        dw = tl.dot(do_tile, tl.trans(v_tile.to(DTYPE)), input_precision=PRECISION) - delta_tile[:, None]
+        du = dw * u
         if past >= start:
             du = tl.where(i[:, None] >= j[None, :], du, 0.0)
-        dqt = product(du, kt, sizes, dqt)
-    dqt *= 2 * scale
+        dq_tile = tl.dot(du.to(DTYPE), k_tile, dq_tile, input_precision=PRECISION)
+    dq_tile *= 2 * scale
+
+    # All segments before: the gradient of φ(q), carried back by the one-hot matrices
     if segment >= first:
-        for block in range(0, sizes.P_PAD, sizes.F):
-            xa, xb, c, A, B, S, z = features_and_state(qt, table, states, n * slots + segment, block, sizes)
-            dphi = (product(dot, tl.trans(S), sizes) - d * z) * c  # [TILE, F]
-            dqt = product(dphi * xa, tl.trans(B), sizes, product(dphi * xb, tl.trans(A), sizes, dqt))
-    store(dq, n, i, T, sizes.D, dqt * load_row(inverse, n, i, T)[:, None])
+        states += (n * slots + segment) * P_PAD * (DV + 1)
+        for block in range(0, P_PAD, BLOCK_F):
+            f = block + tl.arange(0, BLOCK_F)
+            S = tl.load(states + f[:, None] * DV + e[None, :], mask=e[None, :] < DV, other=0.0)
+            z = tl.load(states + P_PAD * DV + f)
+            xa, xb, c, A, B = factors(q_tile, table, f, P_PAD, BLOCK_D, DTYPE, PRECISION, ONES)
+            dphi = tl.dot(do_tile, tl.trans(S.to(DTYPE)), input_precision=PRECISION)  # [TILE, F]
+            dphi = (dphi - delta_tile[:, None] * z[None, :]) * c
+            dq_tile = tl.dot((dphi * xb).to(DTYPE), tl.trans(A), dq_tile, input_precision=PRECISION)
+            dq_tile = tl.dot((dphi * xa).to(DTYPE), tl.trans(B), dq_tile, input_precision=PRECISION)
 
-# %% Backward, the keys and values
-# A tile of keys meets later queries, those of its segment step by step, the others through R. 1/den belongs to the index
-# that is summed and goes in early, while the weights are float32; queries beyond T read 1/den = 0.
+    inv = tl.load(inv_den + n * T + i, mask=i < T, other=0.0)
+    dq_tile = (dq_tile * inv[:, None]).to(dq.dtype.element_ty)
+    tl.store(dq + i[:, None] * D + d[None, :], dq_tile, mask=(i[:, None] < T) & (d[None, :] < D))
+
+
+def query_reference(q, k, v, do, o, inv_den, states, table, square, segment):
+    """Shapes as in `output_reference` -> dq (N, T, D) and δ (N, T, 1)."""
+    scale, shift, _, _ = square
+    delta = (do * o).sum(-1, keepdim=True)
+    dq = []
+    for s, (q_s, k_s, v_s, do_s, delta_s, inv_s) in enumerate(
+        zip(*(x.split(segment, 1) for x in (q, k, v, do, delta, inv_den)), strict=True)
+    ):
+        u = scale * q_s @ k_s.mT + shift
+        du = (2 * u * (do_s @ v_s.mT - delta_s) * inv_s).tril()
+        from_state = torch.cat([do_s, -delta_s], -1) * inv_s  # the gradient of num, and of den in the last column
+        dphi = from_state @ states[:, s].mT  # (N, segment, P_PAD)
+        dq.append(scale * du @ k_s + features_backward_reference(q_s, dphi, table))
+    return torch.cat(dq, 1), delta
+
+
+# 6. Backward, the keys and values
+#
+# A program owns TILE keys and walks over the queries *after* them in its segment; those of later segments come in
+# through R and r, the states of the mirror. Here 1/den belongs to the index that is summed over, so it cannot come
+# last: it goes into the weights while these are float32 (1/den alone reaches 1e5 and more; w/den is at most 1).
+# Queries beyond T have 1/den = 0.
 @triton.jit
-def key_kernel(q, k, v, do, dk, dv, inverse, delta, table, states, scale, shift, floor, T, slots, first, sizes: tl.constexpr):
-    n, start = tl.program_id(0) // tl.cdiv(T, sizes.TILE), tl.program_id(0) % tl.cdiv(T, sizes.TILE) * sizes.TILE
-    j, segment = start + tl.arange(0, sizes.TILE), start // sizes.SEGMENT
-    kt, vt = load(k, n, j, T, sizes.D, sizes.TYPE), load(v, n, j, T, sizes.DV, sizes.TYPE)
-    dkt, dvt = tl.zeros((sizes.TILE, padded(sizes.D)), tl.float32), tl.zeros((sizes.TILE, padded(sizes.DV)), tl.float32)
-    for later in range(start, min(segment * sizes.SEGMENT + sizes.SEGMENT, T), sizes.STEP):
-        i = later + tl.arange(0, sizes.STEP)
-        qt, dot = load(q, n, i, T, sizes.D, sizes.TYPE), load(do, n, i, T, sizes.DV, sizes.TYPE)
-        inv, d = load_row(inverse, n, i, T)[None, :], load_row(delta, n, i, T)[None, :]
-        u = product(kt, tl.trans(qt), sizes) * scale + shift  # [keys, queries]
+def key_kernel(
+    q, k, v, do, dk, dv, inv_den, delta, table, states, scale, shift, floor, T, slots, first,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, P_PAD: tl.constexpr,
+    SEGMENT: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    ONES: tl.constexpr,
+):
+    """A program makes TILE rows of dk and dv. first: 0 if the final state has a gradient, else 1."""
+    tiles = tl.cdiv(T, TILE)
+    start = tl.program_id(0) % tiles * TILE
+    n = (tl.program_id(0) // tiles).to(tl.int64)
+    segment = start // SEGMENT
+    q += n * T * D
+    k += n * T * D
+    v += n * T * DV
+    do += n * T * DV
+    dk += n * T * D
+    dv += n * T * DV
+    inv_den += n * T
+    delta += n * T
+    j = start + tl.arange(0, TILE)
+    d = tl.arange(0, BLOCK_D)
+    e = tl.arange(0, BLOCK_DV)
+    k_mask = (j[:, None] < T) & (d[None, :] < D)
+    v_mask = (j[:, None] < T) & (e[None, :] < DV)
+    k_tile = tl.load(k + j[:, None] * D + d[None, :], mask=k_mask, other=0.0).to(DTYPE)
+    v_tile = tl.load(v + j[:, None] * DV + e[None, :], mask=v_mask, other=0.0).to(DTYPE)
+    dk_tile = tl.zeros((TILE, BLOCK_D), tl.float32)
+    dv_tile = tl.zeros((TILE, BLOCK_DV), tl.float32)
+
+    # Inside the segment; rows are keys and columns queries, [TILE, STEP]
+    for later in range(start, min(segment * SEGMENT + SEGMENT, T), STEP):
+        i = later + tl.arange(0, STEP)
+        q_tile = tl.load(q + i[:, None] * D + d[None, :], mask=(i[:, None] < T) & (d[None, :] < D), other=0.0).to(DTYPE)
+        do_tile = tl.load(do + i[:, None] * DV + e[None, :], mask=(i[:, None] < T) & (e[None, :] < DV), other=0.0)
+        do_tile = do_tile.to(DTYPE)
+        inv = tl.load(inv_den + i, mask=i < T, other=0.0)[None, :]
+        delta_tile = tl.load(delta + i, mask=i < T, other=0.0)[None, :]
+        u = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION) * scale + shift
         u_inv = u * inv
-        w, du = u * u_inv + floor * inv, (product(vt, tl.trans(dot), sizes) - d) * u_inv
-        if later < start + sizes.TILE:
-            w, du = tl.where(i[None, :] >= j[:, None], w, 0.0), tl.where(i[None, :] >= j[:, None], du, 0.0)
-        dvt, dkt = product(w, dot, sizes, dvt), product(du, qt, sizes, dkt)
-    dkt *= 2 * scale
-    after = slots - 2 - segment  # segments after this one: the slot of R, in the mirror
+        w = u * u_inv + floor * inv  # w/den
+        du = (tl.dot(v_tile, tl.trans(do_tile), input_precision=PRECISION) - delta_tile) * u_inv  # half of du
+        if later < start + TILE:
+            w = tl.where(i[None, :] >= j[:, None], w, 0.0)
+            du = tl.where(i[None, :] >= j[:, None], du, 0.0)
+        dv_tile = tl.dot(w.to(DTYPE), do_tile, dv_tile, input_precision=PRECISION)
+        dk_tile = tl.dot(du.to(DTYPE), q_tile, dk_tile, input_precision=PRECISION)
+    dk_tile *= 2 * scale
+
+    # All segments after: slot m of the mirror is what comes after the segment that has m segments after it
+    after = tl.cdiv(T, SEGMENT) - 1 - segment
     if after >= first:
-        for block in range(0, sizes.P_PAD, sizes.F):
-            xa, xb, c, A, B, R, r = features_and_state(kt, table, states, n * slots + after, block, sizes)
-            dvt = product(xa * xb * c, R, sizes, dvt)
-            dphi = (product(vt, tl.trans(R), sizes) + r) * c
-            dkt = product(dphi * xa, tl.trans(B), sizes, product(dphi * xb, tl.trans(A), sizes, dkt))
-    store(dk, n, j, T, sizes.D, dkt)
-    store(dv, n, j, T, sizes.DV, dvt)
+        states += (n * slots + after) * P_PAD * (DV + 1)
+        for block in range(0, P_PAD, BLOCK_F):
+            f = block + tl.arange(0, BLOCK_F)
+            R = tl.load(states + f[:, None] * DV + e[None, :], mask=e[None, :] < DV, other=0.0).to(DTYPE)
+            r = tl.load(states + P_PAD * DV + f)
+            xa, xb, c, A, B = factors(k_tile, table, f, P_PAD, BLOCK_D, DTYPE, PRECISION, ONES)
+            dv_tile = tl.dot((xa * xb * c).to(DTYPE), R, dv_tile, input_precision=PRECISION)
+            dphi = (tl.dot(v_tile, tl.trans(R), input_precision=PRECISION) + r[None, :]) * c  # [TILE, F]
+            dk_tile = tl.dot((dphi * xb).to(DTYPE), tl.trans(A), dk_tile, input_precision=PRECISION)
+            dk_tile = tl.dot((dphi * xa).to(DTYPE), tl.trans(B), dk_tile, input_precision=PRECISION)
 
-# %% The launches
-def set_up(q, v, coefficients, segment):
-    """Two functions that launch: on_tiles, a kernel on all tiles; sum_states, the state kernel and the scan."""
-    (N, T, D), coefficients = q.shape, tuple(coefficients)
-    sizes = sizes_for(D, v.shape[-1], count_features(coefficients, D), v.dtype, segment)
-    fixed = Sizes(*map(tl.constexpr, sizes))  # known to the compiler
-    table, (scale, shift, floor) = feature_table(coefficients, D, q.device), complete_square(coefficients, D)
+    tl.store(dk + j[:, None] * D + d[None, :], dk_tile.to(dk.dtype.element_ty), mask=k_mask)
+    tl.store(dv + j[:, None] * DV + e[None, :], dv_tile.to(dv.dtype.element_ty), mask=v_mask)
 
-    def on_tiles(kernel, tensors, states, first):
-        kernel[(N * triton.cdiv(T, sizes.TILE),)](*tensors, table, states, scale, shift, floor, T, states.shape[1], first,
-                                                  fixed, num_warps=sizes.WARPS)
 
-    def sum_states(x, y, inverse, delta, states, edge, keep, reverse):  # edge: slot 0; keep: also the last slot
-        slots, steps = states.shape[1], states.shape[1] - 2 + keep
-        states[:, :, sizes.P * (sizes.DV + 1) :] = states[:, -1] = 0  # not written below: padding, a slot not asked for
-        states[:, 0] = 0 if edge is None else edge
-        if steps:
-            state_kernel[(N * steps * (sizes.P_PAD // sizes.F),)](x, y, inverse, delta, table, states, T, steps, slots,
-                                                                  fixed, reverse)
-            scan_kernel[(N * triton.cdiv(sizes.STATE, COLUMNS),)](states, steps, slots, sizes.STATE, ROWS, COLUMNS)
-    return on_tiles, sum_states
+def key_reference(q, k, v, do, inv_den, delta, states, table, square, segment):
+    """As `query_reference`, with the states of the mirror -> dk (N, T, D) and dv (N, T, DV)."""
+    scale, shift, floor, _ = square
+    from_den = torch.cat([do, -delta], -1) * inv_den  # (N, T, DV + 1): the gradient of num, and of den in the last column
+    v_and_1 = torch.nn.functional.pad(v, (0, 1), value=1.0)
+    dk, dv = [], []
+    parts = [x.split(segment, 1) for x in (q, k, v_and_1, from_den)]
+    for s, (q_s, k_s, v_s, from_den_s) in enumerate(zip(*parts, strict=True)):
+        after = len(parts[0]) - 1 - s
+        u = scale * q_s @ k_s.mT + shift  # rows are queries here
+        w = (u.square() + floor).tril()
+        du = (2 * u * (from_den_s @ v_s.mT)).tril()
+        dphi = v_s @ states[:, after].mT  # (N, segment, P_PAD)
+        dk.append(scale * du.mT @ q_s + features_backward_reference(k_s, dphi, table))
+        dv.append((w.mT @ from_den_s + features_reference(k_s, table) @ states[:, after])[..., :-1])
+    return torch.cat(dk, 1), torch.cat(dv, 1)
 
-# %% Two operations for PyTorch
-# As custom operations, with a description of their outputs ("fake") and a gradient, they pass through `torch.compile`.
-# States travel packed, (N, STATE). For the backward stay q, k, v, o, low, 1/den and the states (69 bytes a token).
-def room(q, v, coefficients, segment):
-    """Empty o, low, 1/den (N, T) and states (N, segments + 1, STATE)."""
-    (N, T, D), inverse = q.shape, q.new_empty(q.shape[:2], dtype=torch.float32)
-    P = count_features(coefficients, int(D))  # int: a symbolic D becomes this one
-    states = inverse.new_empty(N, -(-T // segment) + 1, sizes_for(D, int(v.shape[-1]), P, v.dtype).STATE)
-    return torch.empty_like(v), torch.empty_like(v, dtype=torch.bfloat16), inverse, states
+
+# 7. The launches
+def launch_states(x, y, inv_den, delta, table, states, edge, ones, constants, reverse):
+    """Fill all slots: slot 0 with `edge` (or 0), the others with what came before (in reverse: what comes after)."""
+    N, slots, state = states.shape
+    if slots == 0:
+        return
+    states[:, 0] = 0 if edge is None else edge
+    if slots == 1:
+        return
+    constants = {name: value for name, value in constants.items() if name not in ("TILE", "num_warps")}
+    blocks = constants["P_PAD"] // BLOCK_F.value
+    state_kernel[(N * (slots - 1) * blocks,)](
+        x, y, inv_den, delta, table, states, x.shape[1], slots, ONES=ones, REVERSE=reverse, **constants
+    )
+    scan_kernel[(N * triton.cdiv(state, COLUMNS),)](states, slots, STATE=state, ROWS=ROWS, COLUMNS=COLUMNS)
+
+
+def launch_tiles(kernel, tensors, table, states, square, first, ones, constants):
+    """Run a kernel on all tiles of all heads; tensors: what it takes before the table, q first."""
+    N, T, _ = tensors[0].shape
+    scale, shift, floor, _ = square
+    grid = (N * triton.cdiv(T, constants["TILE"]),)
+    kernel[grid](*tensors, table, states, scale, shift, floor, T, states.shape[1], first, ONES=ones, **constants)
+
+
+# 8. Two operations for PyTorch
+#
+# As custom operations, with a description of their outputs ("fake") and a gradient, they pass through torch.compile.
+# For the backward pass stay q, k, v, o, what rounding took from o, 1/den, and the states (81 bytes a token and head).
+def empty_outputs(q, k, v, initial, table, coefficients, segment, keep):
+    """Room for o, rounding_error, 1/den (N, T), states (N, slots, STATE), final state (N, STATE; N, 0 if not kept)."""
+    N, T, _ = q.shape
+    state = table.shape[1] * (v.shape[2] + 1)
+    slots = count_slots(T, segment, initial is not None, keep)
+    return (
+        torch.empty_like(v),
+        torch.empty_like(v, dtype=torch.bfloat16),
+        q.new_empty(N, T, dtype=torch.float32),
+        q.new_empty(N, slots, state, dtype=torch.float32),
+        q.new_empty(N, state if keep else 0, dtype=torch.float32),
+    )
 
 
 @torch.library.custom_op("rebased::triton_forward", mutates_args=())
-def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, initial: torch.Tensor | None, coefficients: list[float],
-            segment: int, keep: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Contiguous (N, T, size) -> o, low, 1/den, the states, of which the final one only if `keep`."""
-    on_tiles, sum_states = set_up(q, v, coefficients, segment)
-    o, low, inverse, states = room(q, v, coefficients, segment)
+def forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, initial: torch.Tensor | None, table: torch.Tensor,
+    coefficients: list[float], segment: int, keep: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Contiguous (N, T, size), initial (N, STATE) -> what `empty_outputs` lists, filled. keep: make the final state."""
+    outputs = empty_outputs(q, k, v, initial, table, coefficients, segment, keep)
+    o, rounding_error, inv_den, states, final = outputs
+    constants = known_to_the_compiler(q.shape[2], v.shape[2], table.shape[1], v.dtype, segment)
+    square = complete_square(coefficients, q.shape[2])
+    ones = reads_ones(coefficients)
+    first = 1 if initial is None else 0
     with torch.cuda.device_of(q):
-        sum_states(k, v, inverse, inverse, states, initial, keep, False)
-        on_tiles(output_kernel, (q, k, v, o, low, inverse), states, int(initial is None))
-    return o, low, inverse, states
+        launch_states(k, v, inv_den, inv_den, table, states, initial, ones, constants, reverse=False)
+        launch_tiles(output_kernel, (q, k, v, o, rounding_error, inv_den), table, states, square, first, ones, constants)
+        if keep:
+            final.copy_(states[:, -1])  # a copy: it outlives the other slots
+    return outputs
 
 
 @torch.library.custom_op("rebased::triton_backward", mutates_args=())
-def backward(do: torch.Tensor, d_final: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-             o: torch.Tensor, low: torch.Tensor, inverse: torch.Tensor, states: torch.Tensor, coefficients: list[float],
-             segment: int, initial: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """-> dq, dk, dv and all R; the last is the gradient of the initial state, if there is one."""
-    on_tiles, sum_states = set_up(q, v, coefficients, segment)
-    do, (dq, dk, dv, delta, R) = do.contiguous(), map(torch.empty_like, (q, k, v, inverse, states))
+def backward(
+    do: torch.Tensor, d_final: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+    table: torch.Tensor, o: torch.Tensor, rounding_error: torch.Tensor, inv_den: torch.Tensor, states: torch.Tensor,
+    coefficients: list[float], segment: int, had_initial: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """-> dq, dk, dv, and the gradient of the initial state (N, STATE; N, 0 if there was none)."""
+    do = do.contiguous()
+    dq = torch.empty_like(q)
+    dk = torch.empty_like(k)
+    dv, _, delta, R, d_initial = empty_outputs(q, k, v, d_final, table, coefficients, segment, had_initial)
+    constants = known_to_the_compiler(q.shape[2], v.shape[2], table.shape[1], v.dtype, segment)
+    square = complete_square(coefficients, q.shape[2])
+    ones = reads_ones(coefficients)
+    first = 0 if had_initial else 1
+    first_in_mirror = 1 if d_final is None else 0
     with torch.cuda.device_of(q):
-        on_tiles(query_kernel, (q, k, v, do, o, low, dq, inverse, delta), states, int(not initial))
-        sum_states(q, do, inverse, delta, R, d_final, initial, True)
-        on_tiles(key_kernel, (q, k, v, do, dk, dv, inverse, delta), R, int(d_final is None))
-    return dq, dk, dv, R
+        queries = (q, k, v, do, o, rounding_error, dq, inv_den, delta)
+        launch_tiles(query_kernel, queries, table, states, square, first, ones, constants)
+        launch_states(q, do, inv_den, delta, table, R, d_final, ones, constants, reverse=True)
+        keys = (q, k, v, do, dk, dv, inv_den, delta)
+        launch_tiles(key_kernel, keys, table, R, square, first_in_mirror, ones, constants)
+        if had_initial:
+            d_initial.copy_(R[:, -1])
+    return dq, dk, dv, d_initial
 
 
-def remember(ctx, inputs, output):
-    ctx.set_materialize_grads(False)  # a gradient that is not there stays None, not a tensor of zeros
-    ctx.save_for_backward(*inputs[:3], *output)
-    ctx.rest = list(inputs[4]), inputs[5], inputs[3] is not None  # coefficients, segment, whether there is an initial state
+def setup_context(ctx, inputs, output):
+    """Keep what the backward pass reads."""
+    q, k, v, initial, table, coefficients, segment, _ = inputs
+    o, rounding_error, inv_den, states, _ = output
+    ctx.set_materialize_grads(False)  # a gradient that is not there stays None instead of becoming zeros
+    ctx.save_for_backward(q, k, v, table, o, rounding_error, inv_den, states)
+    ctx.coefficients = list(coefficients)
+    ctx.segment = segment
+    ctx.had_initial = initial is not None
 
 
-def differentiate(ctx, do, _low, _inverse, d_states):
-    do = torch.zeros_like(ctx.saved_tensors[2]) if do is None else do
-    *grads, R = backward(do, None if d_states is None else d_states[:, -1], *ctx.saved_tensors, *ctx.rest)
-    return *grads, R[:, -1] if ctx.rest[-1] else None, None, None, None
+def differentiate(ctx, do, d_rounding_error, d_inv_den, d_states, d_final):
+    """The gradients of forward's inputs; only o and the final state are ever used by others."""
+    if do is None:
+        do = torch.zeros_like(ctx.saved_tensors[2])
+    dq, dk, dv, d_initial = backward(do, d_final, *ctx.saved_tensors, ctx.coefficients, ctx.segment, ctx.had_initial)
+    if not ctx.had_initial:
+        d_initial = None
+    return dq, dk, dv, d_initial, None, None, None, None
 
 
-forward.register_fake(lambda q, k, v, initial, coefficients, segment, keep: room(q, v, coefficients, segment))
-backward.register_fake(lambda do, d_final, q, k, v, o, low, inverse, states, *_: tuple(map(torch.empty_like, (q, k, v, states))))
-forward.register_autograd(differentiate, setup_context=remember)
+def fake_backward(do, d_final, q, k, v, table, o, rounding_error, inv_den, states, coefficients, segment, had_initial):
+    """Tensors of the shapes that `backward` returns."""
+    final = table.shape[1] * (v.shape[2] + 1) if had_initial else 0
+    d_initial = q.new_empty(q.shape[0], final, dtype=torch.float32)
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), d_initial
 
-# %% The function to call
+
+def no_second_derivative(ctx, *gradients):
+    raise RuntimeError("the Triton kernels have no second derivative; use quadratic_attention of 02_linear_attention.py")
+
+
+forward.register_fake(empty_outputs)
+forward.register_autograd(differentiate, setup_context=setup_context)
+backward.register_fake(fake_backward)
+backward.register_autograd(no_second_derivative)
+
+
+# 9. The function to call
 def why_not(q, k, v, coefficients):
-    """None, or in one line which limit these inputs exceed; `attention` of 02 then takes another form."""
+    """None, or one line that says which limit these inputs exceed; `attention` of 02 then takes another form."""
+    D = q.shape[-1]
+    DV = v.shape[-1]
     if coefficients is None:
-        return "the kernel is no polynomial of q·k (coefficients None)"
-    if not coefficients[2]:
-        return f"the kernel needs coefficients (c0, c1, c2) with c2 > 0, got {tuple(coefficients)}"
-    if any(x.dtype not in (torch.float32, torch.bfloat16, torch.float16) for x in (q, k, v)):
-        return f"the tensors must be float32, bfloat16 or float16, got {q.dtype}, {k.dtype}, {v.dtype}"
-    if q.shape[-1] > 32 or v.shape[-1] > 128:
-        return f"D can be at most 32 and Dv at most 128, got D = {q.shape[-1]} and Dv = {v.shape[-1]}"
+        return "the kernel is no polynomial of q·k (coefficients None): elu, element-wise and others have features only"
+    if not coefficients[2] > 0:
+        return f"the kernel must be of degree two, coefficients (c0, c1, c2) with c2 > 0; c2 is {coefficients[2]}"
+    if coefficients[0] < 0 or coefficients[1] < 0:
+        return "no coefficient may be negative: features multiply their square roots"
+    for x in (q, k, v):
+        if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return f"products run in float32, bfloat16 or float16, not in {x.dtype}"
+    if D > 32:
+        return f"D may be at most 32, or registers do not suffice; it is {D}"
+    if DV > 128:
+        return f"Dv may be at most 128, or registers do not suffice; it is {DV}"
+    if q.shape[-2] * max(D, DV) >= 2**31 - 2**16:
+        return "offsets inside a head have 32 bits; T·Dv exceeds them"
     if INTERPRETED:
         return None
-    if not all(x.is_cuda and x.device == q.device for x in (q, k, v)):
-        return f"the tensors must be on one NVIDIA GPU, got {q.device}, {k.device}, {v.device}"
+    if not q.is_cuda or k.device != q.device or v.device != q.device:
+        return f"the tensors must lie on one NVIDIA GPU, not on {q.device}, {k.device} and {v.device}"
+    return card_problem(q.device)
+
+
+@torch.compiler.assume_constant_result  # a question to the driver, which torch.compile cannot trace
+@functools.lru_cache
+def card_problem(device):
+    """None, or what keeps this GPU from running the kernels."""
     if torch.version.hip is not None:
-        return "the GPU must be one of NVIDIA (ROCm is not supported)"
-    if torch.cuda.get_device_capability(q.device) < (8, 0):
-        return "the GPU must be Ampere or newer (compute capability 8.0)"
+        return "the kernels are compiled and tested for NVIDIA only, not for ROCm"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"bfloat16 and tf32 products need an Ampere GPU or a newer one (8.0); this one is {major}.{minor}"
     return None
 
 
 def chunked_attention(q, k, v, coefficients, S=None, z=None, return_state=False, segment=SEGMENT):
-    """q, k (B, H, T, D), v (B, H, T, Dv) -> o (B, H, T, Dv), or (o, S, z) with return_state.
+    """The chunked form: q, k (B, H, T, D), v (B, H, T, DV) -> o (B, H, T, DV), or (o, S, z) with return_state.
 
-    S (B, H, P, Dv), z (B, H, P). Raises ValueError that names the limit (`why_not`).
+    coefficients: (c0, c1, c2), sim = c0 + c1·s + c2·s² with s = q·k/√D. S (B, H, P, DV) and z (B, H, P): what an earlier
+    part of the sequence left, or None; features in the order of 01. Products are in the precision of v, sums in float32.
+    segment: tokens between two states, 64 or a multiple of 128. Gradients flow to q, k, v, S and z, once.
+
+    Raises ValueError, in one line, for inputs beyond the limits that `why_not` names, and for another segment.
+    [2, section 4; 1, section 3.2]
     """
-    if problem := why_not(q, k, v, coefficients):
+    problem = why_not(q, k, v, coefficients)
+    if problem:
         raise ValueError(f"no Triton kernel for these inputs: {problem}")
-    B, H, _, D = q.shape
-    Dv = v.shape[-1]
+    if segment != 64 and (segment < 128 or segment % 128):
+        raise ValueError(f"segment must be 64 or a multiple of 128 (whole tiles), got {segment}")
+    B, H, T, D = q.shape
+    DV = v.shape[-1]
     P = count_features(coefficients, D)
+    coefficients = tuple(float(c) for c in coefficients)
+    table = feature_table(coefficients, D, q.device)
+    P_PAD = table.shape[1]
+
     initial = None
     if S is not None:
-        packed = torch.cat([S.flatten(2), z], -1).flatten(0, 1).float()  # (N, P·Dv + P)
-        initial = torch.nn.functional.pad(packed, (0, -packed.shape[-1] % 16))
+        S = torch.nn.functional.pad(S.float(), (0, 0, 0, P_PAD - P))  # (B, H, P_PAD, DV)
+        z = torch.nn.functional.pad(z.float(), (0, P_PAD - P))
+        initial = torch.cat([S.flatten(2), z], dim=-1).flatten(0, 1)  # (N, P_PAD·DV + P_PAD)
     q, k, v = (x.flatten(0, 1).contiguous() for x in (q, k, v))  # (N, T, size): a transposed view is copied here
-    o, _, _, states = forward(q, k, v, initial, [float(c) for c in coefficients], segment, return_state)
+    o, _, _, _, final = forward(q, k, v, initial, table, list(coefficients), segment, return_state)
     o = o.unflatten(0, (B, H))
     if not return_state:
         return o
-    S, z, _ = states[:, -1].clone().unflatten(0, (B, H)).tensor_split((P * Dv, P * Dv + P), -1)  # a copy frees the rest
-    return o, S.unflatten(-1, (P, Dv)), z
+
+    final = final.unflatten(0, (B, H))
+    S = final[..., : P * DV].unflatten(-1, (P, DV))  # rows of padding lie behind those of features
+    z = final[..., P_PAD * DV : P_PAD * DV + P]
+    return o, S, z
