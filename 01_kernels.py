@@ -1,30 +1,32 @@
 """01 · Kernels: similarities that are inner products, and what their lowest value costs
 
-Aim: write attention's similarity of query and key as an inner product of features, and see why Based cannot ignore a
-token while ReBased can.
+Aim: write attention's similarity of query and key as an inner product of features, and see why
+Based cannot ignore a token while ReBased can.
 
 You will learn
-  1. why one wants features: with them the sum over all keys can be formed before any query is known;
-  2. why the similarity of softmax, exp(s), has no finite features, and how a polynomial of s has them;
-  3. where the floor of ½ in Based comes from, and what share of the attention it gives away in a long context;
+  1. why one wants features: with them the sum over all keys can be formed before a query is known;
+  2. why softmax's exp(s) has no finite features, and how a polynomial of s has them;
+  3. where the floor of ½ in Based comes from, and what share of the attention it gives away;
   4. what ReBased changes: normalise, scale by γ, shift by β, square.
 
 Equations, with s = q·k / √D
-  a kernel   sim(q, k) = φ(q)·φ(k)                                                               [1, section 3]
-  softmax    sim(q, k) = exp(s)                                                                  [3, section 3.2]
-  Based      sim(q, k) = 1 + s + s²/2 = (1 + s)²/2 + ½                                           [1, section 3.2]
-  ReBased    sim(q, k) = s², of q' = γ_q · norm(q) + β_q and k' = γ_k · norm(k) + β_k            [1, section 4]
+  a kernel   sim(q, k) = φ(q)·φ(k)                                                  [1, section 3]
+  softmax    sim(q, k) = exp(s)                                                     [3, section 3.2]
+  Based      sim(q, k) = 1 + s + s²/2 = (1 + s)²/2 + ½                              [1, section 3.2]
+  ReBased    sim(q, k) = s², of q' = γ_q·norm(q) + β_q and k' = γ_k·norm(k) + β_k   [1, section 4]
 
-Letters: B batch, H heads, T time (tokens), D size of a query or key in one head (16), P number of features after φ;
-  γ (gamma) and β (beta): the learned scale and shift, for queries and for keys, vectors of length H·D.
+Letters
+  B batch, H heads, T time (tokens), D size of a query or key in one head (16),
+  P number of features after φ; γ (gamma) and β (beta): the learned scale and shift, for queries and
+  for keys, vectors of length H·D.
 
 References
-  [1] Aksenov et al., Linear Transformers with Learnable Kernel Functions are Better In-Context Models, ACL 2024,
-      arXiv 2402.10644.
+  [1] Aksenov et al., Linear Transformers with Learnable Kernel Functions are Better In-Context
+      Models, ACL 2024, arXiv 2402.10644.
   [2] The code released with it: github.com/corl-team/rebased.
   [3] Katharopoulos et al., Transformers are RNNs, ICML 2020, arXiv 2006.16236.
-  [4] Arora et al., Simple linear attention language models balance the recall-throughput tradeoff (Based), ICML 2024,
-      arXiv 2402.18668.
+  [4] Arora et al., Simple linear attention language models balance the recall-throughput tradeoff
+      (Based), ICML 2024, arXiv 2402.18668.
 
 Run: python 01_kernels.py      (5 seconds; draws runs/01_kernels.png)
 """
@@ -43,21 +45,25 @@ from rebased.checks import check_last_dim, check_positive_integers
 # %% [markdown]
 # ## Why one wants features
 #
-# Attention gives token $i$ a mean of the values before it. Each value counts by the similarity of its key to the query:
+# Attention gives token $i$ a mean of the values before it. Each value counts by the similarity of
+# its key to the query:
 #
-# $$o_i = \frac{\sum_{j \le i} \mathrm{sim}(q_i, k_j)\, v_j}{\sum_{j \le i} \mathrm{sim}(q_i, k_j)}$$
+# $$o_i = \frac{\sum_{j \le i} \mathrm{sim}(q_i, k_j)\, v_j}
+#              {\sum_{j \le i} \mathrm{sim}(q_i, k_j)}$$
 #
-# For softmax the similarity is $\exp(s)$ with $s = q \cdot k / \sqrt{D}$. Every query has to meet every key before it:
-# T tokens make about T²/2 meetings, and to speak one more token all earlier keys must still be there.
+# For softmax the similarity is $\exp(s)$ with $s = q \cdot k / \sqrt{D}$. Every query has to meet
+# every key before it: T tokens make about T²/2 meetings, and to speak one more token all earlier
+# keys must still be there.
 #
-# Now suppose that the similarity were an inner product of *features*, $\mathrm{sim}(q, k) = \varphi(q) \cdot \varphi(k)$.
-# Then the query does not depend on $j$ and may leave the sum:
+# Now suppose that the similarity were an inner product of *features*, $\mathrm{sim}(q, k) =
+# \varphi(q) \cdot \varphi(k)$. Then the query does not depend on $j$ and may leave the sum:
 #
 # $$o_i = \frac{\varphi(q_i)^\top \left(\sum_{j \le i} \varphi(k_j) v_j^\top\right)}
 #              {\varphi(q_i)^\top \left(\sum_{j \le i} \varphi(k_j)\right)}$$
 #
-# Both brackets speak of keys and values alone. They can be formed before any query is known, and a new token adds one
-# term to each. That is linear attention. All that is needed is a similarity with features.
+# Both brackets speak of keys and values alone. They can be formed before any query is known, and a
+# new token adds one term to each. That is linear attention. All that is needed is a similarity with
+# features.
 
 # %%
 def scaled_dot(q, k):
@@ -71,7 +77,7 @@ def scaled_dot(q, k):
 
 
 def exp_scores(q, k):
-    """The similarity of softmax, not yet normalised. q (..., N, D), k (..., T, D) -> (..., N, T). [3, section 3.2]"""
+    """The similarity of softmax. q (..., N, D), k (..., T, D) -> (..., N, T). [3, section 3.2]"""
     return torch.exp(scaled_dot(q, k))
 
 # %% [markdown]
@@ -81,23 +87,27 @@ def exp_scores(q, k):
 #
 # $$(q_1 k_1 + q_2 k_2)^2 = q_1^2 k_1^2 + 2\, q_1 q_2\, k_1 k_2 + q_2^2 k_2^2$$
 #
-# Every term is something of q times the same thing of k. So the three features
-# $\varphi(x) = (x_1^2,\ \sqrt{2}\, x_1 x_2,\ x_2^2)$ do it: $\varphi(q) \cdot \varphi(k) = (q \cdot k)^2$.
+# Every term is something of q times the same thing of k. So the three features $\varphi(x) =
+# (x_1^2,\ \sqrt{2}\, x_1 x_2,\ x_2^2)$ do it: $\varphi(q) \cdot \varphi(k) = (q \cdot k)^2$.
 #
-# Four tokens, by hand. On the left each key meets the query. On the right the query has not been seen yet: the features
-# of the keys, and the same times the value, are only added up.
+# Four tokens, by hand. On the left each key meets the query. On the right the query has not been
+# seen yet: the features of the keys, and the same times the value, are only added up.
 
 # %%
+def square_features(x):
+    """φ(x) = (x₁², √2 x₁x₂, x₂²). (..., 2) -> (..., 3)."""
+    first, second = x.unbind(-1)
+    return torch.stack([first**2, math.sqrt(2) * first * second, second**2], dim=-1)
+
+
 def show_four_tokens():
     """The same output twice: the query meets four keys, or two sums that were formed without it."""
     keys = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [1.0, -1.0]])
     values = torch.tensor([10.0, 20.0, 30.0, 40.0])
     query = torch.tensor([1.0, 2.0])
-    root2 = math.sqrt(2)
 
     weights = (keys @ query).square()  # (4,)
-    phi = torch.stack([keys[:, 0] ** 2, root2 * keys[:, 0] * keys[:, 1], keys[:, 1] ** 2], dim=1)  # (4, 3)
-    phi_query = torch.tensor([query[0] ** 2, root2 * query[0] * query[1], query[1] ** 2])  # (3,)
+    phi = square_features(keys)  # (4, 3)
     S = (phi * values.unsqueeze(1)).sum(0)  # (3,): the sum of φ(k) v
     z = phi.sum(0)  # (3,): the sum of φ(k)
 
@@ -107,9 +117,13 @@ def show_four_tokens():
         left = f"({key[0]:2.0f}, {key[1]:2.0f}){value:7.0f}{weight:8.0f}"
         print(f"{left}    {triple(features)}    {triple(features * value)}")
     print(f"sum{'':20}{weights.sum():4.0f}    {triple(z)}    {triple(S)}\n")
-    print(f"four meetings: {weights @ values:.0f} / {weights.sum():.0f} = {weights @ values / weights.sum():.2f}")
-    print(f"two sums:      φ(q) = {triple(phi_query)}, ", end="")
-    print(f"φ(q)·S / φ(q)·z = {phi_query @ S:.0f} / {phi_query @ z:.0f} = {phi_query @ S / (phi_query @ z):.2f}\n")
+    num = weights @ values
+    den = weights.sum()
+    print(f"four meetings: {num:.0f} / {den:.0f} = {num / den:.2f}")
+    phi_query = square_features(query)  # (3,)
+    num = phi_query @ S
+    den = phi_query @ z
+    print(f"two sums:      φ(q) = {triple(phi_query)}: {num:.0f} / {den:.0f} = {num / den:.2f}\n")
 
 
 def triple(x):
@@ -123,24 +137,27 @@ if __name__ == "__main__":
 # %% [markdown]
 # ## Features of any polynomial of degree two
 #
-# In D dimensions $(q \cdot k)^2 = \sum_a \sum_b q_a q_b\, k_a k_b$ is an inner product of all products $x_a x_b$. The
-# pairs (a, b) and (b, a) give the same number; one of them, times √2, does. That leaves D(D+1)/2 pairs with a ≤ b: 136
-# at D = 16, instead of 256.
+# In D dimensions $(q \cdot k)^2 = \sum_a \sum_b q_a q_b\, k_a k_b$ is an inner product of all
+# products $x_a x_b$. The pairs (a, b) and (b, a) give the same number; one of them, times √2, does.
+# That leaves D(D+1)/2 pairs with a ≤ b: 136 at D = 16, instead of 256.
 #
-# A constant term is a feature that is the same for every vector, and a linear term is D features, the vector itself. So
-# $c_0 + c_1 s + c_2 s^2$ has 1 + D + D(D+1)/2 features, 153 at D = 16.
+# A constant term is a feature that is the same for every vector, and a linear term is D features,
+# the vector itself. So $c_0 + c_1 s + c_2 s^2$ has 1 + D + D(D+1)/2 features, 153 at D = 16.
 
 # %%
 def symmetric_products(x):
     """f(x) with f(q)·f(k) = (q·k)². (..., D) -> (..., D(D+1)/2)."""
     D = x.shape[-1]
     a, b = torch.triu_indices(D, D, device=x.device)  # all pairs a <= b
-    how_often = torch.where(a == b, 1.0, 2.0).to(x)  # (a, a) occurs once in the double sum, others twice
+    how_often = torch.where(a == b, 1.0, 2.0).to(x)  # a pair stands twice in the double sum
     return x[..., a] * x[..., b] * how_often.sqrt()
 
 
 def polynomial_features(x, coefficients):
-    """φ(x) with φ(q)·φ(k) = c0 + c1·s + c2·s². (..., D) -> (..., P); a term whose c is 0 takes no room."""
+    """φ(x) with φ(q)·φ(k) = c0 + c1·s + c2·s²; a term whose c is 0 takes no room.
+
+    (..., D) -> (..., P): the constant, then the linear features, then the pairs.
+    """
     c0, c1, c2 = coefficients
     D = x.shape[-1]
     parts = []
@@ -153,8 +170,9 @@ def polynomial_features(x, coefficients):
     return torch.cat(parts, dim=-1)
 
 # %% [markdown]
-# And exp(s)? Its Taylor series has a term of every degree, so it needs infinitely many features. One can see that: in a
-# table of the similarities of N queries and N keys, the rank is the number of features, or N if that is less.
+# And exp(s)? Its Taylor series has a term of every degree, so it needs infinitely many features.
+# One can see that: in a table of the similarities of N queries and N keys, the rank is the number
+# of features, or N if that is less.
 
 # %%
 def show_ranks(N=200):
@@ -162,7 +180,8 @@ def show_ranks(N=200):
     torch.manual_seed(0)
     q, k = torch.randn(2, N, 16, dtype=torch.float64)
     s = scaled_dot(q, k)
-    for name, scores in (("s²", s**2), ("1 + s + s²/2", 1 + s + s**2 / 2), ("exp(s)", torch.exp(s))):
+    similarities = {"s²": s**2, "1 + s + s²/2": 1 + s + s**2 / 2, "exp(s)": torch.exp(s)}
+    for name, scores in similarities.items():
         print(f"{N} queries and keys, {name:13} rank {torch.linalg.matrix_rank(scores)}")
     print()
 
@@ -175,20 +194,20 @@ if __name__ == "__main__":
 #
 # From here on a kernel is a small module with three methods.
 #
-# - `prepare` acts on the projected queries and keys while the heads still lie side by side, (B, T, H·D). What is learned
-#   lives there. Where nothing is learned it returns them as they are.
-# - `scores` is the similarity, as the formula has it; `features` is φ. Both act on one head, (..., T, D), and they are
-#   two ways to one number: `features(q) @ features(k).T == scores(q, k)`.
+# - `prepare` acts on the projected queries and keys while the heads still lie side by side, (B, T,
+#   H·D). What is learned lives there. Where nothing is learned it returns them as they are.
+# - `scores` is the similarity, as the formula has it; `features` is φ. Both act on one head, (...,
+#   T, D), and they are two ways to one number: `features(q) @ features(k).T == scores(q, k)`.
 #
-# `coefficients` are (c0, c1, c2) where the similarity is such a polynomial: the fast forms of the next lesson need
-# nothing else. A kernel that is none has only its features.
+# `coefficients` are (c0, c1, c2) where the similarity is such a polynomial: the fast forms of the
+# next lesson need nothing else. A kernel that is none has only its features.
 
 # %%
 class Kernel(nn.Module):
     """What all kernels share. dim is D, the size of one head; `num_features` is P.
 
-    floor is a constant that is added to every similarity. It may be set at any time, also on a trained model.
-    Raises ValueError for impossible sizes and for a floor below 0, since a negative similarity is no weight.
+    floor: a constant that is added to every similarity. It may be set at any time, also on a model
+    that is trained. Raises ValueError for impossible sizes and for a floor below 0.
     """
 
     coefficients = None
@@ -207,7 +226,7 @@ class Kernel(nn.Module):
     @floor.setter
     def floor(self, value):
         if not 0 <= value < math.inf:
-            raise ValueError(f"floor must be 0 or more (a negative similarity is no weight), got {value!r}")
+            raise ValueError(f"floor must be 0 or more, for it is a weight; got {value!r}")
         self._floor = float(value)
 
     def prepare(self, q, k):
@@ -232,18 +251,19 @@ class Kernel(nn.Module):
 # %% [markdown]
 # ## Based: the first three terms of exp(s)
 #
-# Based [4] cuts the Taylor series of exp(s) after the square. Completing the square shows what that does:
+# Based [4] cuts the Taylor series of exp(s) after the square. Completing the square shows what that
+# does:
 #
 # $$1 + s + \frac{s^2}{2} = \frac{(1 + s)^2}{2} + \frac{1}{2}$$
 #
-# Wherever a key lies, its weight is at least ½. We call that constant the *floor* and make it an argument: with floor = 0
-# the parabola stays and the ½ goes, and nothing else differs.
+# Wherever a key lies, its weight is at least ½. We call that constant the *floor* and make it an
+# argument: with floor = 0 the parabola stays and the ½ goes, and nothing else differs.
 
 # %%
 class TaylorKernel(Kernel):
-    """Based: (1 + s)²/2 + floor, which is 1 + s + s²/2 with a floor of ½. P = 153 at D = 16. [1, section 3.2; 4]
+    """Based: (1 + s)²/2 + floor, with a floor of ½. P = 153 at D = 16. [1, section 3.2; 4]
 
-    norm: LayerNorm over all H·D numbers before the heads are split, as in ReBased; Based itself has none.
+    norm: LayerNorm over all H·D numbers before the heads are split, as in ReBased; Based has none.
     """
 
     def __init__(self, dim, heads=1, floor=0.5, norm=False):
@@ -260,26 +280,28 @@ class TaylorKernel(Kernel):
         return self.norm_q(q), self.norm_k(k)
 
     def scores(self, q, k):
-        # The square, not the sum of three terms: near s = −1 those would cancel, and digits would be lost.
+        # The square, not the sum of three terms: near s = −1 those would cancel.
         return (1 + scaled_dot(q, k)).square() / 2 + self.floor
 
 # %% [markdown]
 # ## ReBased: a square, placed by what is learned
 #
-# ReBased keeps only the square: a key that is orthogonal to the query weighs nothing. And it lets training place the
-# parabola. Query and key are normalised, scaled by γ and shifted by β first:
+# ReBased keeps only the square: a key that is orthogonal to the query weighs nothing. And it lets
+# training place the parabola. Query and key are normalised, scaled by γ and shifted by β first:
 #
-# $$q' = \gamma_q \odot \mathrm{norm}(q) + \beta_q \qquad k' = \gamma_k \odot \mathrm{norm}(k) + \beta_k \qquad
+# $$q' = \gamma_q \odot \mathrm{norm}(q) + \beta_q \qquad
+#   k' = \gamma_k \odot \mathrm{norm}(k) + \beta_k \qquad
 #   \mathrm{sim} = \left(\frac{q' \cdot k'}{\sqrt{D}}\right)^2$$
 #
-# The norm is a LayerNorm over all heads together, as in the released code [2]. Each of the three steps can be left out:
-# that is the paper's ablation [1, Table 1].
+# The norm is a LayerNorm over all heads together, as in the released code [2]. Each of the three
+# steps can be left out: that is the paper's ablation [1, Table 1].
 
 # %%
 class ReBasedKernel(Kernel):
     """ReBased: s² + floor of prepared q', k'. P = 136 at D = 16. [1, section 4 and Table 1; 2]
 
-    norm, gamma, beta: which of the three steps are taken. A floor above 0 puts back what ReBased removed.
+    norm, gamma, beta: which of the three steps are taken. A floor above 0 puts back what ReBased
+    took away.
     """
 
     def __init__(self, dim, heads=1, norm=True, gamma=True, beta=True, floor=0.0):
@@ -314,13 +336,14 @@ class ReBasedKernel(Kernel):
 # %% [markdown]
 # ## Two relatives
 #
-# The *text* of the paper squares each number of the vector, φ(x) = x², and so has D features [1, section 4]. The
-# released code squares the whole product [2], and so do we by default; the element-wise kernel is here to be compared.
-# The first linear transformer took elu(x) + 1, D positive features [3]. Neither is a polynomial of s.
+# The *text* of the paper squares each number of the vector, φ(x) = x², and so has D features [1,
+# section 4]. The released code squares the whole product [2], and so do we by default; the
+# element-wise kernel is here to be compared. The first linear transformer took elu(x) + 1, D
+# positive features [3]. Neither is a polynomial of s.
 
 # %%
 class ElementwiseKernel(ReBasedKernel):
-    """φ(x) = x², number by number: Σ_i q'_i² k'_i² + floor. P = D, one more with a floor. [1, section 4]"""
+    """φ(x) = x², number by number: Σ q'_i² k'_i² + floor. P = D (+ 1 with floor). [1, section 4]"""
 
     coefficients = None
 
@@ -344,7 +367,8 @@ class EluKernel(Kernel):
         return F.elu(x) + 1
 
 # %% [markdown]
-# Every kernel has a name. A new one is a class and one line here, and all forms, models and tests know it.
+# Every kernel has a name. A new one is a class and one line here, and all forms, models and tests
+# know it.
 
 # %%
 KERNELS = {
@@ -369,12 +393,12 @@ for name, steps in ABLATION.items():
     KERNELS[name + "_floor"] = partial(ReBasedKernel, **steps, floor=0.5)
 
 # %% [markdown]
-# A claim is a function that asserts it; the tests call the same functions. The first one: for every kernel, features and
-# scores are the same number. In float64 only a wrong formula could differ.
+# A claim is a function that asserts it; the tests call the same functions. The first one: for every
+# kernel, features and scores are the same number. In float64 only a wrong formula could differ.
 
 # %%
 def check_features_equal_scores():
-    """features(q)·features(k) == scores(q, k) within 1e-12, at odd and even D; 136 and 153 features at D = 16."""
+    """features(q)·features(k) == scores(q, k) within 1e-12; 136 and 153 features at D = 16."""
     torch.manual_seed(0)
     for dim in (1, 2, 7, 16):
         q, k = torch.randn(2, 3, 5, dim, dtype=torch.float64)
@@ -394,8 +418,8 @@ if __name__ == "__main__":
 # %% [markdown]
 # ## Where each kernel is lowest
 #
-# Walk a key along the direction of the query, and s takes every value. With $q = \sqrt{D}\, e_1$ and $k = s\, e_1$ we
-# read each similarity as a function of s alone, within scores of ±4.
+# Walk a key along the direction of the query, and s takes every value. With $q = \sqrt{D}\, e_1$
+# and $k = s\, e_1$ we read each similarity as a function of s alone, within scores of ±4.
 
 # %%
 REACH = 4
@@ -418,7 +442,7 @@ def lowest_point(scores):
 
 
 def check_floors():
-    """Based's lowest weight is ½, at s = −1; without its floor it is 0; ReBased's is 0, at s = 0."""
+    """Based's lowest weight is ½, at s = −1; without its floor 0; ReBased's is 0, at s = 0."""
     assert lowest_point(TaylorKernel(16).scores) == (-1.0, 0.5)
     assert lowest_point(TaylorKernel(16, floor=0.0).scores) == (-1.0, 0.0)
     assert lowest_point(ReBasedKernel(16).scores) == (0.0, 0.0)
@@ -428,12 +452,13 @@ if __name__ == "__main__":
     lesson.check(check_floors)
 
 # %% [markdown]
-# The two parabolas are close relatives. Append a constant coordinate to query and key, $\tilde q = [q / D^{1/4},\ 1]$,
-# and Based is the squared kernel on those vectors plus its floor:
+# The two parabolas are close relatives. Append a constant coordinate to query and key, $\tilde q =
+# [q / D^{1/4},\ 1]$, and Based is the squared kernel on those vectors plus its floor:
 #
 # $$1 + s + \frac{s^2}{2} = \frac{1}{2} (\tilde q \cdot \tilde k)^2 + \frac{1}{2}$$
 #
-# ReBased can make such a coordinate itself where it needs one: γ = 0 and β ≠ 0 in one place. The ½ nothing gives it.
+# ReBased can make such a coordinate itself where it needs one: γ = 0 and β ≠ 0 in one place. The ½
+# nothing gives it.
 
 # %%
 def check_based_is_a_square_plus_half():
@@ -452,9 +477,9 @@ if __name__ == "__main__":
 # %% [markdown]
 # ## How γ and β move the parabola
 #
-# In one dimension and for q' = 1, a key weighs (γk + β)²: zero at k = −β/γ, and steeper as γ grows. In its own s ReBased
-# is always lowest at 0. But that s is taken *after* γ and β: in terms of what the model projects, the zero lies where
-# training puts it.
+# In one dimension and for q' = 1, a key weighs (γk + β)²: zero at k = −β/γ, and steeper as γ grows.
+# In its own s ReBased is always lowest at 0. But that s is taken *after* γ and β: in terms of what
+# the model projects, the zero lies where training puts it.
 
 # %%
 def parabola(k, gamma, beta):
@@ -481,13 +506,14 @@ if __name__ == "__main__":
 # %% [markdown]
 # ## What a floor costs in a long context
 #
-# One key matters and T do not. Let training be as good as it can be while scores stay within ±4: the right key lies at
-# s = 4, and the others exactly where the kernel weighs least, w_low. They take this share of the attention:
+# One key matters and T do not. Let training be as good as it can be while scores stay within ±4:
+# the right key lies at s = 4, and the others exactly where the kernel weighs least, w_low. They
+# take this share of the attention:
 #
 # $$\mathrm{share} = \frac{T\, w_{low}}{T\, w_{low} + w_{right}}$$
 #
-# No model hits the lowest point exactly. So the last column scatters the keys around it, with a standard deviation of
-# 0.05 in s.
+# No model hits the lowest point exactly. So the last column scatters the keys around it, with a
+# standard deviation of 0.05 in s.
 
 # %%
 def irrelevant_share(scores, T, scatter=0.0):
@@ -519,8 +545,9 @@ def show_what_a_floor_costs():
             cells += f"{irrelevant_share(scores, T):9.3f}"
         print(cells + f"{irrelevant_share(scores, 8192, scatter=0.05):9.3f}")
     lost = irrelevant_share(SHOWN["Based"], 8192)
-    print(f"\nAt 8,192 tokens Based gives {lost:.1%} of its attention to what does not matter. Without a floor the")
-    print("loss is what the scatter makes it, and training can shrink that; with one, training cannot.\n")
+    print(f"\nAt 8,192 tokens Based gives {lost:.1%} of its attention to what does not matter.")
+    print("Without a floor the loss is what the scatter makes it, and training can shrink that.")
+    print("With a floor it cannot.\n")
 
 
 def check_a_floor_grows_with_context():
@@ -535,20 +562,22 @@ if __name__ == "__main__":
     lesson.check(check_a_floor_grows_with_context)
 
 # %% [markdown]
-# **Theory beside measurement.** The table puts Based at .997. Based models that were trained in 04 measure .80 there
-# (five seeds, results/README.md). Two things differ. A query of 04 can stand anywhere, so on the average half of the
-# irrelevant tokens come after it and do not count. And nothing holds scores within ±4: training raises the right weight
-# as far as it needs at the length it is trained at. With queries anywhere, irrelevant tokens of weight ½ and W for all
-# that is not irrelevant, the share is a mean over places,
+# **Theory beside measurement.** The table puts Based at .997. Based models that were trained in 04
+# measure .80 there (five seeds, results/README.md). Two things differ. A query of 04 can stand
+# anywhere, so on the average half of the irrelevant tokens come after it and do not count. And
+# nothing holds scores within ±4: training raises the right weight as far as it needs at the length
+# it is trained at. With queries anywhere, irrelevant tokens of weight ½ and W for all that is not
+# irrelevant, the share is a mean over places,
 #
-# $$\int_0^1 \frac{u\,T/2}{u\,T/2 + W}\, du = 1 - x \ln\left(1 + \frac{1}{x}\right), \qquad x = \frac{2W}{T}$$
+# $$\int_0^1 \frac{u\,T/2}{u\,T/2 + W}\, du = 1 - x \ln\left(1 + \frac{1}{x}\right), \qquad
+#   x = \frac{2W}{T}$$
 #
-# Which W belongs to .80? A weight some twenty times as large as the 13 above, and still far too small: it does not grow
-# with the context, and the floor's share does.
+# Which W belongs to .80? A weight some twenty times as large as the 13 above, and still far too
+# small: it does not grow with the context, and the floor's share does.
 
 # %%
 def share_anywhere(T, W, floor=0.5):
-    """The mean share of T irrelevant tokens of weight `floor` when the query's place among them is uniform."""
+    """The mean share of T irrelevant tokens of weight `floor`, the query anywhere among them."""
     x = W / (floor * T)
     return 1 - x * math.log(1 + 1 / x)
 
@@ -558,8 +587,10 @@ def show_the_weight_behind_the_measurement(measured=0.80, T=8192):
     W = 1
     while share_anywhere(T, W) > measured:
         W += 1
-    print(f"A share of {measured:.2f} at T = {T:,} belongs to W = {W}. With that W the share is", end=" ")
-    print(f"{share_anywhere(128, W):.2f} at 128 tokens and {share_anywhere(131_072, W):.2f} at 131,072.\n")
+    print(f"A share of {measured:.2f} at T = {T:,} belongs to W = {W}. With that W the share is")
+    near = share_anywhere(128, W)
+    far = share_anywhere(131_072, W)
+    print(f"{near:.2f} at T = 128 and {far:.2f} at T = 131,072.\n")
 
 
 if __name__ == "__main__":
@@ -568,20 +599,23 @@ if __name__ == "__main__":
 # %% [markdown]
 # ## The price of a weight that can be 0
 #
-# Attention divides by the sum of its weights, plus a small ε against 0/0. In the first row that sum is a single weight,
-# and without a floor it can almost vanish. Then ε pulls the row towards 0, where the output should be the first value
-# itself: v₀ · w / (w + ε). So ε must be small beside the smallest weights that occur. We take ε = 1e-12, in one place
-# for all forms (`EPS` of `rebased/__init__.py`).
+# Attention divides by the sum of its weights, plus a small ε against 0/0. In the first row that sum
+# is a single weight, and without a floor it can almost vanish. Then ε pulls the row towards 0,
+# where the output should be the first value itself: v₀ · w / (w + ε). So ε must be small beside the
+# smallest weights that occur. We take ε = 1e-12, in one place for all forms (`EPS` of
+# `rebased/__init__.py`).
 
 # %%
 def show_epsilon():
-    """How far the first output is from v₀ = 1, at worst, over 10,000 random first rows of ReBased."""
+    """The worst of 10,000 random first rows of ReBased, by ε: the output should be v₀."""
     torch.manual_seed(0)
     q, k = torch.randn(2, 10_000, 1, 16)
     weights = ReBasedKernel(16).scores(q, k).flatten()
-    print(f"of 10,000 first rows the smallest weight is {weights.min():.0e}, the median {weights.median():.2f}")
+    smallest = weights.min()
+    print(f"10,000 first rows: smallest weight {smallest:.0e}, median {weights.median():.2f}")
     for epsilon in (1e-5, 1e-6, EPS):
-        print(f"  ε = {epsilon:.0e}: the worst first output is {(weights / (weights + epsilon)).min():.6f} · v₀")
+        part = smallest / (smallest + epsilon)
+        print(f"  ε = {epsilon:.0e}: the worst first output is {part:.6f} · v₀")
     print()
 
 
@@ -599,10 +633,17 @@ if __name__ == "__main__":
 # %% [markdown]
 # ## The picture
 #
-# Left: Based never falls below ½. Middle: what that costs as the context grows. Right: γ and β place the zero of ReBased.
+# Left: Based never falls below ½. Middle: what that costs as the context grows. Right: γ and β
+# place the zero of ReBased.
 
 # %%
-STYLES = {"softmax exp(s)": ":", "Based": "--", "Based − ½": "-", "ReBased": "-", "ReBased + ½": "--"}
+STYLES = {
+    "softmax exp(s)": ":",
+    "Based": "--",
+    "Based − ½": "-",
+    "ReBased": "-",
+    "ReBased + ½": "--",
+}
 
 
 def draw():
@@ -627,8 +668,9 @@ def draw():
     lesson.save_figure(
         figure,
         "runs/01_kernels.png",
-        "Similarities against s: Based stays above one half, ReBased reaches 0. The share of attention on irrelevant "
-        "tokens grows towards 1 with the context where there is a floor. Beta moves the zero of ReBased's parabola.",
+        "Similarities against s: Based stays above one half, ReBased reaches 0. The share of "
+        "attention on irrelevant tokens grows towards 1 with the context where there is a floor. "
+        "Beta moves the zero of ReBased's parabola.",
     )
 
 

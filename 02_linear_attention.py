@@ -1,7 +1,7 @@
 """02 · Linear attention: one layer, four ways
 
-Aim: compute the same causal attention as a quadratic form, by cumulative sums, as a recurrence with a state of constant
-size, and chunk by chunk; and know what each costs before it is timed.
+Aim: compute the same causal attention as a quadratic form, by cumulative sums, as a recurrence with
+a state of constant size, and chunk by chunk; and know what each costs before it is timed.
 
 You will learn
   1. how features turn T² meetings of queries and keys into sums that are carried along;
@@ -10,14 +10,17 @@ You will learn
   4. what a backward pass through the normaliser must not forget.
 
 Equations
-  quadratic   o_i = Σ_{j≤i} w_ij v_j / Σ_{j≤i} w_ij   with w_ij = sim(q_i, k_j)                  [1, section 3]
-  linear      o_i = φ(q_i)ᵀ Σ_{j≤i} φ(k_j) v_jᵀ / φ(q_i)ᵀ Σ_{j≤i} φ(k_j)                        [1, section 3; 3, 3.2]
-  recurrent   S_i = S_{i−1} + φ(k_i) v_iᵀ,  z_i = z_{i−1} + φ(k_i),  o_i = φ(q_i)ᵀ S_i / φ(q_i)ᵀ z_i     [3, 3.3]
-  chunked     quadratic inside the chunk of i, linear through S and z for all chunks before      [5, section 3]
+  quadratic   o_i = Σ_{j≤i} w_ij v_j / Σ_{j≤i} w_ij   with w_ij = sim(q_i, k_j)     [1, section 3]
+  linear      o_i = φ(q_i)ᵀ Σ_{j≤i} φ(k_j) v_jᵀ / φ(q_i)ᵀ Σ_{j≤i} φ(k_j)           [3, section 3.2]
+  recurrent   S_i = S_{i−1} + φ(k_i) v_iᵀ,   z_i = z_{i−1} + φ(k_i),
+              o_i = φ(q_i)ᵀ S_i / φ(q_i)ᵀ z_i                                       [3, section 3.3]
+  chunked     quadratic inside the chunk of i, S and z for all chunks before        [5, section 3]
 
-Letters: B batch, H heads, T time, D size of a query or key, Dv size of a value, P features after φ, C chunk length;
-  S the state (B, H, P, Dv), z its normaliser (B, H, P); num and den: the two sums whose quotient is the output o.
-  q and k are already prepared (`prepare` of 01) and split into heads: (B, T, H·D) -> (B, H, T, D).
+Letters
+  B batch, H heads, T time, D size of a query or key, Dv size of a value, P features after φ,
+  C chunk length; S the state (B, H, P, Dv), z its normaliser (B, H, P); num and den: the two sums
+  whose quotient is the output o. q and k are already prepared (`prepare` of 01) and split into
+  heads: (B, T, H·D) -> (B, H, T, D).
 
 References
   [1] Aksenov et al., ReBased, and [3] Katharopoulos et al., Transformers are RNNs: as in 01.
@@ -43,13 +46,15 @@ from rebased.checks import attention_form, check_attention, check_positive_integ
 # %% [markdown]
 # ## 1. Quadratic: the definition
 #
-# Every query meets every key before it. The similarities make a T × T matrix, and causality keeps its lower triangle:
-# $w_{ij} = 0$ for $j > i$. The output is the mean of the values, weighted by a row of this matrix.
+# Every query meets every key before it. The similarities make a T × T matrix, and causality keeps
+# its lower triangle: $w_{ij} = 0$ for $j > i$. The output is the mean of the values, weighted by a
+# row of this matrix.
 #
-# This form is the definition: whatever else we write must give the same numbers, and the same gradients.
+# This form is the definition: whatever else we write must give the same numbers, and the same
+# gradients.
 #
-# (`@attention_form` is the same for every form and no part of the idea: it checks shapes, computes in float32 at least,
-# and returns o in the type of v. See `rebased/checks.py`.)
+# (`@attention_form` is the same for every form and no part of the idea: it checks shapes, computes
+# in float32 at least, and returns o in the type of v. See `rebased/checks.py`.)
 
 # %%
 @attention_form
@@ -63,20 +68,20 @@ def quadratic_attention(q, k, v, kernel):
 # %% [markdown]
 # ## 2. Linear: the textbook form
 #
-# With features the sums over keys can be formed once, for all queries. The sum up to token i is a cumulative sum over
-# time, and φ(q) reads it:
+# With features the sums over keys can be formed once, for all queries. The sum up to token i is a
+# cumulative sum over time, and φ(q) reads it:
 #
 # $$\mathrm{num}_i = \varphi(q_i)^\top S_i, \quad S_i = \sum_{j \le i} \varphi(k_j) v_j^\top \qquad
 #   \mathrm{den}_i = \varphi(q_i)^\top z_i, \quad z_i = \sum_{j \le i} \varphi(k_j)$$
 #
-# No T × T matrix is left. But *every* S_i is written out, P · Dv numbers for each token: 8,704 at P = 136 and Dv = 64,
-# where the token itself has 64 values. Linear in T, and yet the slowest way as far as we timed it. Read it; do not use
-# it.
+# No T × T matrix is left. But *every* S_i is written out, P · Dv numbers for each token: 8,704 at P
+# = 136 and Dv = 64, where the token itself has 64 values. Linear in T, and yet the slowest way as
+# far as we timed it. Read it; do not use it.
 
 # %%
 @attention_form
 def linear_attention(q, k, v, kernel):
-    """q, k (B, H, T, D), v (B, H, T, Dv) -> o (B, H, T, Dv), in memory T·P·Dv. [1, section 3; 3, section 3.2]"""
+    """q, k (B, H, T, D), v (B, H, T, Dv) -> o (B, H, T, Dv), in memory T·P·Dv. [3, section 3.2]"""
     phi_q = kernel.features(q)  # (B, H, T, P)
     phi_k = kernel.features(k)  # (B, H, T, P)
     S = torch.einsum("bhtp,bhtd->bhtpd", phi_k, v).cumsum(2)  # (B, H, T, P, Dv)
@@ -88,17 +93,19 @@ def linear_attention(q, k, v, kernel):
 # %% [markdown]
 # ## 3. Recurrent: one token at a time
 #
-# S_i need not be written out if it is used at once. Keep one S and one z, add the new token, read the output:
+# S_i need not be written out if it is used at once. Keep one S and one z, add the new token, read
+# the output:
 #
 # $$S \leftarrow S + \varphi(k) v^\top \qquad z \leftarrow z + \varphi(k) \qquad
 #   o = \frac{\varphi(q)^\top S}{\varphi(q)^\top z}$$
 #
-# S and z are the *state*: all that the past can still say. A state is a value. Keep it, copy it, save it to a file, go
-# on from it twice. It holds P · (Dv + 1) numbers a head however long the past was, while the keys and values that
-# softmax must keep grow with every token. This is how a trained model speaks. For training it is serial: one tiny
-# product after another.
+# S and z are the *state*: all that the past can still say. A state is a value. Keep it, copy it,
+# save it to a file, go on from it twice. It holds P · (Dv + 1) numbers a head however long the past
+# was, while the keys and values that softmax must keep grow with every token. This is how a trained
+# model speaks. For training it is serial: one tiny product after another.
 #
-# The state is float32 at least, whatever the inputs are: a sum over 64,000 tokens overflows half precision.
+# The state is float32 at least, whatever the inputs are: a sum over 64,000 tokens overflows half
+# precision.
 
 # %%
 class State(NamedTuple):
@@ -109,7 +116,7 @@ class State(NamedTuple):
 
 
 def empty_state(k, v, kernel):
-    """The state before the first token: zeros. k (B, H, T, D) and v (B, H, T, Dv) give sizes, type and device."""
+    """The state before the first token: zeros, of the sizes, type and device of k and v."""
     B, H, _, Dv = v.shape
     P = kernel.num_features
     return State(v.new_zeros(B, H, P, Dv), v.new_zeros(B, H, P))
@@ -117,7 +124,10 @@ def empty_state(k, v, kernel):
 
 @attention_form
 def recurrent_attention(q, k, v, kernel, state=None, return_state=False):
-    """q, k (B, H, T, D), v (B, H, T, Dv), State or None -> o (B, H, T, Dv); (o, State) with return_state. [3, 3.3]"""
+    """q, k (B, H, T, D), v (B, H, T, Dv), State or None -> o (B, H, T, Dv). [3, section 3.3]
+
+    With return_state: (o, State), the state after the last token.
+    """
     S, z = state or empty_state(k, v, kernel)
     phi_q = kernel.features(q)  # (B, H, T, P)
     phi_k = kernel.features(k)
@@ -133,7 +143,7 @@ def recurrent_attention(q, k, v, kernel, state=None, return_state=False):
 
 
 def recurrent_step(q, k, v, kernel, state=None):
-    """One token: q, k (B, H, D), v (B, H, Dv), the State before it or None -> o (B, H, Dv), the State after it."""
+    """One token: q, k (B, H, D), v (B, H, Dv), State or None -> o (B, H, Dv), the next State."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if isinstance(x, torch.Tensor) and x.ndim != 3:
             raise ValueError(f"{name} must be one token, (B, H, size), got shape {tuple(x.shape)}")
@@ -144,13 +154,13 @@ def recurrent_step(q, k, v, kernel, state=None):
 # %% [markdown]
 # ## 4. Chunked: quadratic where that is cheap, a state for the rest
 #
-# The quadratic form wastes nothing on short sequences: a small matrix product is what processors do best. The recurrence
-# wastes nothing on long ones. So cut time into chunks of C tokens:
+# The quadratic form wastes nothing on short sequences: a small matrix product is what processors do
+# best. The recurrence wastes nothing on long ones. So cut time into chunks of C tokens:
 #
 # ```
 #                 keys j
 #               ┌───┐
-#               │ ■ │               ■  inside a chunk: C × C weights, the quadratic form (half of them masked)
+#               │ ■ │               ■  inside a chunk: C × C weights, the quadratic form
 #   queries i   ├───┼───┐
 #               │ □ │ ■ │           □  all chunks before: never written out;
 #               ├───┴───┼───┐          φ(q) reads them from one state, S and z
@@ -196,14 +206,15 @@ def chunked_attention(q, k, v, kernel, state=None, return_state=False, chunk_siz
     return (o, State(S, z)) if return_state else o
 
 # %% [markdown]
-# Step 2 reads the state *before* the chunk, step 4 comes last. If all chunk sums are formed at once, as a GPU likes it,
-# the states before each chunk are an *exclusive* prefix sum: without the term itself. It is tempting to write
-# `cumsum(x) - x`. In float32 that is wrong wherever x is large beside what came before it: adding it pushes the small
-# digits out, and subtracting it does not bring them back. Shift the inclusive sum by one place instead.
+# Step 2 reads the state *before* the chunk, step 4 comes last. If all chunk sums are formed at
+# once, as a GPU likes it, the states before each chunk are an *exclusive* prefix sum: without the
+# term itself. It is tempting to write `cumsum(x) - x`. In float32 that is wrong wherever x is large
+# beside what came before it: adding it pushes the small digits out, and subtracting it does not
+# bring them back. Shift the inclusive sum by one place instead.
 
 # %%
 def show_exclusive_prefix():
-    """Relative error of both ways on random squares, which is what features of ReBased are sums of."""
+    """The relative error of both ways on random squares, in float32."""
     big = torch.tensor([0.1, 1e8])
     print(f"(0.1 + 1e8) − 1e8 in float32: {(big.cumsum(0) - big)[1]:g}")
     torch.manual_seed(0)
@@ -222,13 +233,16 @@ if __name__ == "__main__":
 # %% [markdown]
 # ## What models call
 #
-# `attention` is the door for everybody else. It checks what comes in and takes the fastest form at hand:
+# `attention` is the door for everybody else. It checks what comes in and takes the fastest form at
+# hand:
 #
 # - on an NVIDIA GPU with Triton, the same four steps as kernels: `rebased/triton_kernels.py`;
-# - everywhere else, the same four steps in place, with a backward pass that computes the features a second time instead
-#   of keeping them, 272 numbers a token where q and k have 32: `rebased/chunked_cpu.py`.
+# - everywhere else, the same four steps in place, with a backward pass that computes the features a
+#   second time instead of keeping them, 272 numbers a token where q and k have 32:
+#   `rebased/chunked_cpu.py`.
 #
-# Both know a kernel by its three coefficients alone. A kernel that is no polynomial of s hands in its features.
+# Both know a kernel by its three coefficients alone. A kernel that is no polynomial of s hands in
+# its features.
 
 # %%
 @attention_form
@@ -245,9 +259,9 @@ def attention_on_cpu(q, k, v, kernel, state=None, return_state=False):
     return o, State(S, z)
 
 
-@torch.compiler.assume_constant_result  # torch.compile cannot trace an import: it asks once and keeps the answer
+@torch.compiler.assume_constant_result  # torch.compile cannot trace an import: it asks once
 def has_triton():
-    """Whether the GPU kernels can be loaded. Triton is imported here, when first needed, and not before."""
+    """Whether the GPU kernels can be loaded. Triton is imported here, and not before."""
     try:
         from rebased import triton_kernels  # noqa: F401
     except ImportError:
@@ -256,10 +270,10 @@ def has_triton():
 
 
 def attention(q, k, v, kernel, state=None, return_state=False):
-    """q, k (B, H, T, D), v (B, H, T, Dv), State or None -> o (B, H, T, Dv), or (o, State) with return_state.
+    """q, k (B, H, T, D), v (B, H, T, Dv), State or None -> o (B, H, T, Dv); any T.
 
-    q and k are prepared by the kernel and split into heads. Any T. Raises TypeError for what is not a floating-point
-    tensor, ValueError for shapes that do not fit.
+    With return_state: (o, State). q and k are prepared by the kernel and split into heads. Raises
+    TypeError for what is not a floating-point tensor, ValueError for shapes that do not fit.
     """
     if isinstance(q, torch.Tensor) and q.is_cuda and has_triton():
         check_attention(q, k, v, kernel, state)
@@ -273,13 +287,13 @@ def attention(q, k, v, kernel, state=None, return_state=False):
 # %% [markdown]
 # ## All forms are one function
 #
-# For every kernel of 01, in float64, outputs and gradients of all forms equal those of the quadratic one. The first
-# output is the first value. No output depends on later tokens. And a sequence can be cut anywhere: save the state to a
-# file, load it, go on with another form.
+# For every kernel of 01, in float64, outputs and gradients of all forms equal those of the
+# quadratic one. The first output is the first value. No output depends on later tokens. And a
+# sequence can be cut anywhere: save the state to a file, load it, go on with another form.
 
 # %%
 def example(kernel, T, B=2, H=3, Dv=5, seed=0):
-    """Prepared q, k (B, H, T, D) and v (B, H, T, Dv) in float64, from normal projections, ready for gradients."""
+    """Prepared q, k (B, H, T, D) and v (B, H, T, Dv): float64, random, ready for gradients."""
     generator = torch.Generator().manual_seed(seed)
     q, k = torch.randn(2, B, T, H * kernel.dim, generator=generator, dtype=torch.float64)
     v = torch.randn(B, H, T, Dv, generator=generator, dtype=torch.float64)
@@ -367,18 +381,20 @@ if __name__ == "__main__":
 # %% [markdown]
 # ## Backwards: what the normaliser adds
 #
-# Gradients of the readable forms come from autograd. The fast forms have a backward pass written by hand, and there is
-# one term in it that is easily forgotten. Call the gradient of the output do. A weight w_ij enters o_i twice, through
-# num and through den. With $\delta_i = do_i \cdot o_i$:
+# Gradients of the readable forms come from autograd. The fast forms have a backward pass written by
+# hand, and there is one term in it that is easily forgotten. Call the gradient of the output do. A
+# weight w_ij enters o_i twice, through num and through den. With $\delta_i = do_i \cdot o_i$:
 #
-# $$dw_{ij} = \frac{do_i \cdot v_j - \delta_i}{\mathrm{den}_i} = \frac{do_i \cdot (v_j - o_i)}{\mathrm{den}_i}$$
+# $$dw_{ij} = \frac{do_i \cdot v_j - \delta_i}{\mathrm{den}_i}
+#           = \frac{do_i \cdot (v_j - o_i)}{\mathrm{den}_i}$$
 #
-# The second way of writing it says why δ must be there: o_i is a *mean* of values, and to give a value more weight moves
-# the mean only as far as the value differs from it. Here is dq of the kernel s² by hand, with δ and without.
+# The second way of writing it says why δ must be there: o_i is a *mean* of values, and to give a
+# value more weight moves the mean only as far as the value differs from it. Here is dq of the
+# kernel s² by hand, with δ and without.
 
 # %%
 def gradient_of_q(q, k, v, do, with_delta):
-    """dq of the quadratic form for sim = s². q, k (..., T, D), v, do (..., T, Dv) -> (..., T, D)."""
+    """dq of the quadratic form, sim = s². q, k (..., T, D), v, do (..., T, Dv) -> (..., T, D)."""
     s = kernels.scaled_dot(q, k).tril()  # (..., T, T)
     weights = s.square()
     den = weights.sum(-1, keepdim=True) + EPS  # (..., T, 1)
@@ -410,18 +426,20 @@ if __name__ == "__main__":
 # %% [markdown]
 # ## What each form costs
 #
-# Count before timing. Three things can hold a form up: arithmetic (multiplications and additions), memory (every tensor
-# too large for the cache is written and read again at each step), and calls (each tensor operation takes some
-# microseconds before it does anything). Forward, for one head, with T tokens:
+# Count before timing. Three things can hold a form up: arithmetic (multiplications and additions),
+# memory (every tensor too large for the cache is written and read again at each step), and calls
+# (each tensor operation takes some microseconds before it does anything). Forward, for one head,
+# with T tokens:
 #
 # | form | arithmetic | memory, numbers moved | calls |
 # |---|---|---|---|
 # | quadratic | 2T²(D + Dv): two products of T × T | 11 T²: see the code | 10 |
 # | linear | 4 T P Dv: make and read S_i | 4 T P Dv: make, sum (read, write), read | 10 |
-# | recurrent | 4 T P Dv | 5 T P Dv: make φ(k)vᵀ, add (read 2, write), read | 25 a token, views too |
+# | recurrent | 4 T P Dv | 5 T P Dv: make φ(k)vᵀ, add (read 2, write), read | 25 a token |
 # | chunked | T (4 P Dv + 2C(D + Dv)) | 2T(D + Dv) for q, k, v, o and 2 P Dv T/C for S | 8 a chunk |
 #
-# The chunk of the fast form is the one of least predicted cost (`best_chunk` of `rebased/chunked_cpu.py`).
+# The chunk of the fast form is the one of least predicted cost (`best_chunk` of
+# `rebased/chunked_cpu.py`).
 
 # %%
 HEADS = 4
@@ -439,8 +457,8 @@ def chunk_of(T):
 def predicted_cost(form, T):
     """(floating-point operations, bytes moved, calls) of one head, forward."""
     if form == "quadratic":
-        # Passes over the T × T matrix: q·k writes it (1); the division by √D, the square, the floor and the mask
-        # each read and write it (8); the product with v and the sum read it (2).
+        # Passes over the T × T matrix: q·k writes it (1); the division by √D, the square, the floor
+        # and the mask each read and write it (8); the product with v and the sum read it (2).
         return 2 * T * T * (D + Dv), 11 * T * T * BYTES, 10
     if form == "linear":
         return 4 * T * P * Dv, 4 * T * P * Dv * BYTES, 10
@@ -455,12 +473,16 @@ def predicted_seconds(form, T, speed):
     """(seconds of all heads, what most of them go to), as if the three did not overlap."""
     flops, moved, calls = predicted_cost(form, T)
     flop_rate, byte_rate, call = speed
-    parts = {"arithmetic": HEADS * flops / flop_rate, "memory": HEADS * moved / byte_rate, "calls": calls * call}
+    parts = {
+        "arithmetic": HEADS * flops / flop_rate,
+        "memory": HEADS * moved / byte_rate,
+        "calls": calls * call,  # all heads share a call
+    }
     return sum(parts.values()), max(parts, key=parts.get)
 
 
 def check_counts():
-    """The operations of the quadratic and the chunked form are those that PyTorch counts, within 1 %."""
+    """The operations of two forms are those that PyTorch counts, within 1 %."""
     q, k = torch.rand(2, 1, HEADS, 512, D)
     v = torch.rand(1, HEADS, 512, Dv)
     steps = partial(chunked_attention, chunk_size=chunk_of(512))
@@ -468,7 +490,7 @@ def check_counts():
         with FlopCounterMode(display=False) as counter:
             form(q, k, v, kernels.ReBasedKernel(D))
         ratio = counter.get_total_flops() / (HEADS * predicted_cost(name, 512)[0])
-        assert abs(ratio - 1) < 0.01, f"{name}: PyTorch counts {ratio:.3f} times the predicted operations"
+        assert abs(ratio - 1) < 0.01, f"{name}: PyTorch counts {ratio:.3f} times as many"
 
 
 if __name__ == "__main__":
@@ -476,8 +498,11 @@ if __name__ == "__main__":
     print()
 
 # %% [markdown]
-# Now time them: float32, forward, ReBased. Softmax stands beside them, as PyTorch's fused kernel with heads of 64.
-# The fast form is `attention`; a form that would take over a second or hold more than 2 GB is left out.
+# (Where a T × T matrix still fits into the cache, memory costs less than this count says.)
+#
+# Now time them: float32, forward, ReBased. Softmax stands beside them, as PyTorch's fused kernel
+# with heads of 64. The fast form is `attention`; a form that would take over a second or hold more
+# than 2 GB is left out.
 
 # %%
 TIMED = {
@@ -508,10 +533,11 @@ def fits(form, T, seconds):
 
 @torch.no_grad()
 def time_forms(lengths=(128, 512, 2048, 8192)):
-    """Print a line for each form and length; returns {(form, T): (predicted seconds or None, measured or None)}."""
+    """Print a line for each form and length -> {(form, T): (seconds predicted, measured)}."""
     speed = lesson.machine_speed()
     rows = {}
-    print(f"forward, float32, B = 1, H = {HEADS}, D = {D}, Dv = {Dv}, {torch.get_num_threads()} threads\n")
+    threads = torch.get_num_threads()
+    print(f"forward, float32, B = 1, H = {HEADS}, D = {D}, Dv = {Dv}, {threads} threads\n")
     print("form             T   predicted     bound by    measured")
     for form in TIMED:
         for T in lengths:
@@ -539,7 +565,7 @@ def read_times(rows, T=8192):
         ratio = rows[form, longest][1] / rows["chunked", longest][1]
         print(f"At T = {longest:,} {form} takes {ratio:.1f} times as long as the chunked form.")
     growth = chunked / rows["chunked", T // 4][1]
-    print(f"Four times the tokens take the chunked form {growth:.1f} times as long (linear: 4, quadratic: 16).\n")
+    print(f"Four times the tokens take the chunked form {growth:.1f} times as long.\n")
 
 
 def draw(rows):
@@ -549,21 +575,25 @@ def draw(rows):
         return
     axis = figure.subplots()
     for number, form in enumerate(TIMED):
-        predicted = [(T, pair[0] * 1e3) for (name, T), pair in rows.items() if name == form and pair[0]]
-        measured = [(T, pair[1] * 1e3) for (name, T), pair in rows.items() if name == form and pair[1]]
-        if predicted:
-            lengths, times = zip(*predicted, strict=True)
-            axis.plot(lengths, times, ":", color=f"C{number}")
-        lengths, times = zip(*measured, strict=True)
-        axis.plot(lengths, times, "o-", color=f"C{number}")
-        axis.annotate(form, (lengths[-1], times[-1]), xytext=(6, 0), textcoords="offset points", color=f"C{number}")
+        color = f"C{number}"
+        own = [(T, rows[name, T][0], rows[name, T][1]) for name, T in rows if name == form]
+        predictions = [(T, predicted * 1e3) for T, predicted, _ in own if predicted]
+        measurements = [(T, measured * 1e3) for T, _, measured in own if measured]
+        if predictions:
+            lengths, times = zip(*predictions, strict=True)
+            axis.plot(lengths, times, ":", color=color)
+        lengths, times = zip(*measurements, strict=True)
+        axis.plot(lengths, times, "o-", color=color)
+        end = (lengths[-1], times[-1])
+        axis.annotate(form, end, xytext=(6, 0), textcoords="offset points", color=color)
     axis.set(xscale="log", yscale="log", xlabel="T", ylabel="milliseconds (dotted: predicted)")
     axis.margins(x=0.25)
     lesson.save_figure(
         figure,
         "runs/02_linear_attention.png",
-        "Milliseconds of each form against the length, on logarithmic axes: the chunked form is the fastest from "
-        "some hundred tokens on and grows in proportion to the length, softmax and the quadratic form with its square.",
+        "Milliseconds of each form against the length, on logarithmic axes: the chunked form is "
+        "the fastest from some hundred tokens on and grows in proportion to the length, softmax "
+        "and the quadratic form with its square.",
     )
 
 
@@ -575,9 +605,9 @@ if __name__ == "__main__":
 # %% [markdown]
 # ## Which one to use
 #
-# Train, and read a prompt, with `attention`: it is the chunked form. Speak with `recurrent_step`, one token at a time,
-# from the state that `attention` returns. Hold everything against `quadratic_attention`. The textbook form explains the
-# other three.
+# Train, and read a prompt, with `attention`: it is the chunked form. Speak with `recurrent_step`,
+# one token at a time, from the state that `attention` returns. Hold everything against
+# `quadratic_attention`. The textbook form explains the other three.
 
 # %%
 if __name__ == "__main__":

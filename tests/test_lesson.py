@@ -1,0 +1,138 @@
+"""The specification of rebased/lesson.py and rebased/checks.py: verdicts, figures, the stopwatch, errors in one line."""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from rebased import lesson
+from rebased.checks import check_positive_integers
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def check_that_one_is_one():
+    return "a note"
+
+
+def check_that_two_is_three():
+    raise AssertionError("it is not")
+
+
+@pytest.fixture(autouse=True)
+def fresh_tally(monkeypatch):
+    monkeypatch.setattr(lesson, "TALLY", {"passed": 0, "failed": 0})
+
+
+def test_checks_are_counted_and_printed(capsys):
+    lesson.check(check_that_one_is_one)
+    lesson.finish()
+    assert capsys.readouterr().out == "  ok      that one is one (a note)\nchecks: 1 passed, 0 failed\n"
+
+
+def test_a_failed_check_is_the_exit_status(capsys):
+    lesson.check(check_that_one_is_one)
+    lesson.check(check_that_two_is_three)
+    with pytest.raises(SystemExit) as stop:
+        lesson.finish()
+    assert stop.value.code == 1
+    assert "  FAILED  that two is three: it is not\nchecks: 1 passed, 1 failed\n" in capsys.readouterr().out
+
+
+def test_python_without_asserts_passes_nothing():
+    code = "from rebased import lesson\ndef check_x(): assert False\nlesson.check(check_x)\nlesson.finish()"
+    done = subprocess.run([sys.executable, "-O", "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "run without it" in done.stdout and "checks: 0 passed, 1 failed" in done.stdout
+
+
+def test_a_figure_is_written_with_its_description(tmp_path, capsys):
+    image = pytest.importorskip("PIL.Image")
+    figure = lesson.new_figure(4, 3)
+    figure.subplots().plot([0, 1])
+    path = tmp_path / "deep" / "figure.png"
+    lesson.save_figure(figure, path, "a line")
+    assert capsys.readouterr().out == f"figure: {path}\n"
+    assert image.open(path).info["Description"] == "a line"
+
+
+def test_figures_leave_the_backend_alone():
+    """Not even a backend that does not exist here keeps a figure from being written."""
+    code = (
+        "import sys; from rebased import lesson; f = lesson.new_figure(2, 2); f.subplots()\n"
+        "lesson.save_figure(f, sys.argv[1], 'x'); assert 'matplotlib.pyplot' not in sys.modules"
+    )
+    for backend in ("module://matplotlib_inline.backend_inline", "TkAgg"):
+        done = subprocess.run(
+            [sys.executable, "-c", code, "/dev/null/x.png"], cwd=ROOT, capture_output=True, text=True,
+            env={"MPLBACKEND": backend, "PATH": ""},
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith("no figure: cannot write") and done.stdout.count("\n") == 1
+
+
+def test_without_matplotlib_one_line(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert lesson.new_figure(4, 3) is None
+    assert capsys.readouterr().out == "no figure: matplotlib is not installed (pip install matplotlib)\n"
+
+
+def test_turns_are_taken():
+    """Contenders alternate, the first turn is not counted."""
+    order = []
+    times = lesson.median_seconds({name: lambda name=name: order.append(name) for name in "ab"}, repeats=3)
+    assert order == list("ab" * 4) and set(times) == {"a", "b"}
+
+
+def test_a_number_knows_where_it_came_from():
+    found = lesson.provenance(ROOT / "01_kernels.py", ["--x", "1"])
+    assert found["command"] == "python 01_kernels.py --x 1" and found["torch"] == torch.__version__
+    assert set(found) == {"command", "commit", "date", "hardware", "torch"}
+
+
+def test_a_notebooks_own_cells_have_no_command_line_and_run_has_one(monkeypatch):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--seeds", type=int, default=5)
+    monkeypatch.setattr(sys, "argv", ["/x/ipykernel_launcher.py", "-f", "kernel.json"])
+    assert lesson.parse_arguments(parser).seeds == 5
+    monkeypatch.setattr(sys, "argv", ["04_train_mqar.py", "--seeds", "1"])
+    assert lesson.parse_arguments(parser).seeds == 1
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "1.5", "many", "²", ""])
+def test_what_is_no_positive_integer(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="not a positive integer"):
+        lesson.positive_integer(text)
+    assert lesson.positive_integer("7") == 7
+
+
+def test_a_path_that_cannot_be_written_is_named_before_the_work(tmp_path):
+    with pytest.raises(argparse.ArgumentTypeError, match="choose another path"):
+        lesson.writable_path("/dev/null/rows.jsonl")
+    path = lesson.writable_path(str(tmp_path / "deep" / "rows.jsonl"))
+    assert path.parent.is_dir() and not path.exists()
+
+
+@pytest.mark.parametrize(
+    "error, status, message",
+    [
+        (lesson.Refusal("no such mixer"), 2, "error: no such mixer\n"),
+        (FileNotFoundError(2, "No such file", "x.txt"), 2, "error: cannot use x.txt: No such file\n"),
+        (KeyboardInterrupt(), 130, "\nstopped; go on with --resume\n"),
+    ],
+)
+def test_what_the_user_can_mend_is_one_line(error, status, message, capsys):
+    def command():
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        lesson.obey(command, "go on with --resume")
+    assert stop.value.code == status and capsys.readouterr().err == message
+
+
+@pytest.mark.parametrize("value", [0, -1, 2.5, "8", True, None])
+def test_sizes_are_positive_integers(value):
+    with pytest.raises(ValueError, match="heads must be a positive integer"):
+        check_positive_integers(dim=3, heads=value)
