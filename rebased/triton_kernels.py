@@ -65,28 +65,13 @@ ROWS = 16  # slots that the scan reads at a time: sixteen loads are then under w
 EPS_ON_CHIP = tl.constexpr(EPS)  # a kernel may read a global only if it is a tl.constexpr
 
 
-def known_to_the_compiler(D, DV, P_PAD, dtype, segment):
-    """The tl.constexpr arguments by name, and num_warps. dtype: that of v.
-
-    bfloat16 is multiplied as it is. float16 is multiplied as tf32, which has its 10 bits and a range that a sum over
-    64k tokens does not leave. float32 is multiplied exactly ("ieee"), without tensor cores.
-    Factors of four bytes take twice the registers and shared memory, so they come in half the tiles.
-    """
-    half = dtype == torch.bfloat16
-    tile = min(TILE if half else TILE // 2, segment)
-    return {
-        "D": D,
-        "DV": DV,
-        "BLOCK_D": max(16, triton.next_power_of_2(D)),  # tl.dot wants powers of two from 16 on
-        "BLOCK_DV": max(16, triton.next_power_of_2(DV)),
-        "P_PAD": P_PAD,
-        "SEGMENT": segment,
-        "TILE": tile,
-        "STEP": STEP if half else STEP // 2,
-        "DTYPE": tl.bfloat16 if half else tl.float32,  # of the factors of tl.dot; its sums are always float32
-        "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
-        "num_warps": 8 if tile == 128 else 4,  # 16 rows of a tile for each warp
-    }
+# What the compiler must know, the tl.constexpr arguments of the kernels (`compiler_arguments` in section 7 sets them):
+#   D, DV, P_PAD          columns of q and k, of v, and features, padded to a multiple of BLOCK_F
+#   BLOCK_D, BLOCK_DV     D and DV as tl.dot wants them, powers of two from 16 on; loads fill them up with 0
+#   SEGMENT, TILE, STEP   as above
+#   DTYPE                 of the two factors of every tl.dot; sums are always float32
+#   PRECISION             how tl.dot multiplies float32 factors: "ieee" exactly, "tf32" with 10 bits on the tensor cores
+#   ONES                  whether some feature needs a factor 1, see section 2
 
 
 # 2. φ as a table
@@ -165,12 +150,10 @@ def features_backward_reference(x, dphi, table):
     """The gradient of x (N, T, D), from that of φ(x) (N, T, P_PAD)."""
     a, b, c = table
     x_and_1 = torch.nn.functional.pad(x, (0, 1), value=1.0)
-    dx = torch.zeros_like(x_and_1)
-    index_a = (a.long() % dx.shape[-1]).expand_as(dphi)  # −1 becomes the last column
-    index_b = (b.long() % dx.shape[-1]).expand_as(dphi)
-    dx.scatter_add_(2, index_a, dphi * c * x_and_1.gather(2, index_b))
-    dx.scatter_add_(2, index_b, dphi * c * x_and_1.gather(2, index_a))
-    return dx[..., :-1]
+    D = x.shape[-1]
+    A = (torch.arange(D)[:, None] == a).to(x.dtype)  # (D, P_PAD), as on chip
+    B = (torch.arange(D)[:, None] == b).to(x.dtype)
+    return (dphi * c * x_and_1[..., b.long()]) @ A.mT + (dphi * c * x_and_1[..., a.long()]) @ B.mT
 
 
 # 3. The states: step 4 of 02 comes first
@@ -249,15 +232,12 @@ def state_kernel(
     tl.store(states + P_PAD * DV + f, tl.sum(z, 0))
 
 
-def states_reference(phi, y, segment, edge, keep):
-    """phi (N, T, P_PAD) and y (N, T, DV + 1), its last column for z -> slots before the scan, (N, slots, P_PAD, DV + 1).
+def state_reference(x, y, column, table):
+    """What one segment adds: x (N, M, D), y (N, M, DV), column (N, M, 1) -> S and z side by side, (N, P_PAD, DV + 1).
 
-    In reverse: the same, of tensors whose time runs backwards, segment by segment.
+    Forward: k, v and ones. In reverse: q, do/den and −δ/den.
     """
-    sums = [edge]
-    for phi_s, y_s in zip(phi.split(segment, 1), y.split(segment, 1), strict=True):
-        sums.append(phi_s.mT @ y_s)
-    return torch.stack(sums if keep else sums[:-1], 1)
+    return features_reference(x, table).mT @ torch.cat([y, column], dim=-1)
 
 
 # The scan. A program carries COLUMNS numbers of a head's state through all its slots, ROWS slots at a time: tl.cumsum
@@ -289,11 +269,11 @@ def scan_reference(states):
 # den sums the *rounded* weights, those that multiply v. Then the weights add up to 1 exactly, and o_0 is v_0. The sum
 # is a tl.dot as well, with 16 columns of ones, as 02 puts a column of ones into v.
 #
-# What rounding takes from o. The backward pass subtracts δ_i = do_i·o_i from do_i·v_j and divides by den_i. In the first
-# rows of a sequence den can be 1e-6, and there the difference must almost vanish: after a single key, o_0 = v_0 and the
-# difference is 0. With an o rounded to bfloat16, right to three digits, it is not 0, and 1/den makes noise of it. So
-# this kernel stores o for the model, and `rounding_error`, what rounding took from o, for the backward pass: their sum
-# is o to six digits. It costs a tenth of the traffic. Summing δ anew from all the weights would take as long as dq.
+# What rounding takes from o. The backward pass subtracts δ_i = do_i·o_i from do_i·v_j and divides by den_i. In the
+# first rows of a sequence den can be 1e-6, and there the difference must almost vanish: after a single key, o_0 = v_0
+# and it is 0. With an o rounded to bfloat16, right to three digits, it is not 0, and 1/den makes noise of it. So this
+# kernel stores o for the model, and `rounding_error`, what rounding took from o, for the backward pass: their sum is o
+# to five digits. It costs a tenth of the traffic. Summing δ anew from all the weights would take as long as dq.
 @triton.jit
 def output_kernel(
     q, k, v, o, rounding_error, inv_den, table, states, scale, shift, floor, T, slots, first,
@@ -356,18 +336,14 @@ def output_kernel(
     tl.store(inv_den + n * T + i, inv, mask=i < T)
 
 
-def output_reference(q, k, v, states, table, square, segment):
-    """q, k, v (N, T, size), states after the scan (N, slots, P_PAD, DV + 1) -> o (N, T, DV), 1/den (N, T, 1)."""
-    scale, shift, floor, _ = square
-    o, inv_den = [], []
-    for s, (q_s, k_s, v_s) in enumerate(zip(q.split(segment, 1), k.split(segment, 1), v.split(segment, 1), strict=True)):
-        u = scale * q_s @ k_s.mT + shift
-        w = (u.square() + floor).tril()  # (N, segment, segment)
-        from_state = features_reference(q_s, table) @ states[:, s]  # (N, segment, DV + 1): num, and den in the last column
-        inv = 1 / (w.sum(-1, keepdim=True) + from_state[..., -1:] + EPS)
-        o.append((w @ v_s + from_state[..., :-1]) * inv)
-        inv_den.append(inv)
-    return torch.cat(o, 1), torch.cat(inv_den, 1)
+def output_reference(q, k, v, state, table, coefficients):
+    """One segment: q, k, v (N, M, size), state before it (N, P_PAD, DV + 1) -> o (N, M, DV), 1/den (N, M, 1)."""
+    scale, shift, floor, _ = complete_square(coefficients, q.shape[-1])
+    u = scale * q @ k.mT + shift  # (N, M, M)
+    w = (u.square() + floor).tril()
+    past = features_reference(q, table) @ state  # (N, M, DV + 1): of num, and of den in the last column
+    inv_den = 1 / (w.sum(-1, keepdim=True) + past[..., -1:] + EPS)
+    return (w @ v + past[..., :-1]) * inv_den, inv_den
 
 
 # 5. Backward, the queries
@@ -438,20 +414,15 @@ def query_kernel(
     tl.store(dq + i[:, None] * D + d[None, :], dq_tile, mask=(i[:, None] < T) & (d[None, :] < D))
 
 
-def query_reference(q, k, v, do, o, inv_den, states, table, square, segment):
-    """Shapes as in `output_reference` -> dq (N, T, D) and δ (N, T, 1)."""
-    scale, shift, _, _ = square
+def query_reference(q, k, v, do, o, inv_den, state, table, coefficients):
+    """One segment, shapes as in `output_reference` -> dq (N, M, D) and δ (N, M, 1)."""
+    scale, shift, _, _ = complete_square(coefficients, q.shape[-1])
     delta = (do * o).sum(-1, keepdim=True)
-    dq = []
-    for s, (q_s, k_s, v_s, do_s, delta_s, inv_s) in enumerate(
-        zip(*(x.split(segment, 1) for x in (q, k, v, do, delta, inv_den)), strict=True)
-    ):
-        u = scale * q_s @ k_s.mT + shift
-        du = (2 * u * (do_s @ v_s.mT - delta_s) * inv_s).tril()
-        from_state = torch.cat([do_s, -delta_s], -1) * inv_s  # the gradient of num, and of den in the last column
-        dphi = from_state @ states[:, s].mT  # (N, segment, P_PAD)
-        dq.append(scale * du @ k_s + features_backward_reference(q_s, dphi, table))
-    return torch.cat(dq, 1), delta
+    u = scale * q @ k.mT + shift
+    du = (2 * u * (do @ v.mT - delta) * inv_den).tril()
+    d_num_and_den = torch.cat([do, -delta], dim=-1) * inv_den  # (N, M, DV + 1)
+    dphi = d_num_and_den @ state.mT  # (N, M, P_PAD)
+    return scale * du @ k + features_backward_reference(q, dphi, table), delta
 
 
 # 6. Backward, the keys and values
@@ -527,47 +498,83 @@ def key_kernel(
     tl.store(dv + j[:, None] * DV + e[None, :], dv_tile.to(dv.dtype.element_ty), mask=v_mask)
 
 
-def key_reference(q, k, v, do, inv_den, delta, states, table, square, segment):
-    """As `query_reference`, with the states of the mirror -> dk (N, T, D) and dv (N, T, DV)."""
-    scale, shift, floor, _ = square
-    from_den = torch.cat([do, -delta], -1) * inv_den  # (N, T, DV + 1): the gradient of num, and of den in the last column
-    v_and_1 = torch.nn.functional.pad(v, (0, 1), value=1.0)
-    dk, dv = [], []
-    parts = [x.split(segment, 1) for x in (q, k, v_and_1, from_den)]
-    for s, (q_s, k_s, v_s, from_den_s) in enumerate(zip(*parts, strict=True)):
-        after = len(parts[0]) - 1 - s
-        u = scale * q_s @ k_s.mT + shift  # rows are queries here
-        w = (u.square() + floor).tril()
-        du = (2 * u * (from_den_s @ v_s.mT)).tril()
-        dphi = v_s @ states[:, after].mT  # (N, segment, P_PAD)
-        dk.append(scale * du.mT @ q_s + features_backward_reference(k_s, dphi, table))
-        dv.append((w.mT @ from_den_s + features_reference(k_s, table) @ states[:, after])[..., :-1])
-    return torch.cat(dk, 1), torch.cat(dv, 1)
+def key_reference(q, k, v, do, inv_den, delta, state_after, table, coefficients):
+    """One segment, with R and r of what comes after it -> dk (N, M, D) and dv (N, M, DV)."""
+    scale, shift, floor, _ = complete_square(coefficients, q.shape[-1])
+    u = scale * q @ k.mT + shift  # rows are queries here
+    w = (u.square() + floor).tril()
+    du = (2 * u * (do @ v.mT - delta) * inv_den).tril()
+    dphi = torch.nn.functional.pad(v, (0, 1), value=1.0) @ state_after.mT  # (N, M, P_PAD)
+    dk = scale * du.mT @ q + features_backward_reference(k, dphi, table)
+    dv = w.mT @ (do * inv_den) + (features_reference(k, table) @ state_after)[..., :-1]
+    return dk, dv
 
 
 # 7. The launches
-def launch_states(x, y, inv_den, delta, table, states, edge, ones, constants, reverse):
+#
+# bfloat16 is multiplied as it is. float16 is multiplied as tf32, which has its 10 bits and a range that a sum over 64k
+# tokens does not leave. float32 is multiplied exactly. Factors of four bytes take twice the room, so they come in tiles
+# of half the size.
+def compiler_arguments(kernel, D, DV, P_PAD, dtype, segment, ones):
+    """The tl.constexpr arguments of a kernel by name, num_warps and num_stages. dtype: that of v."""
+    half = dtype == torch.bfloat16
+    tile = min(TILE if half else TILE // 2, segment)
+    known = {
+        "D": D,
+        "DV": DV,
+        "P_PAD": P_PAD,
+        "BLOCK_D": max(16, triton.next_power_of_2(D)),
+        "BLOCK_DV": max(16, triton.next_power_of_2(DV)),
+        "SEGMENT": segment,
+        "TILE": tile,
+        "STEP": STEP if half else STEP // 2,
+        "DTYPE": tl.bfloat16 if half else tl.float32,
+        "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+        "ONES": ones,
+    }
+    arguments = {name: known[name] for name in kernel.arg_names if name in known}
+
+    # Tensor cores want 16 rows of a tile for each warp. Exact float32 does without them, and has more to hold.
+    arguments["num_warps"] = 8 if tile == 128 or dtype == torch.float32 else 4
+    # Stages: how many steps' loads are on their way while one is computed.
+    arguments["num_stages"] = 3
+    if kernel is state_kernel:  # 64 rows of S. 10 KB a step for each of four programs keep memory busy with two stages
+        arguments["num_warps"] = 4
+        arguments["num_stages"] = 2
+    if kernel is key_kernel and dtype == torch.float16:  # two tiles of four-byte factors in four warps: no room to wait
+        arguments["num_stages"] = 1
+    return arguments
+
+
+def launch_states(x, y, inv_den, delta, table, states, edge, coefficients, segment, reverse):
     """Fill all slots: slot 0 with `edge` (or 0), the others with what came before (in reverse: what comes after)."""
-    N, slots, state = states.shape
+    N, T, D = x.shape
+    slots = states.shape[1]
     if slots == 0:
         return
     states[:, 0] = 0 if edge is None else edge
     if slots == 1:
         return
-    constants = {name: value for name, value in constants.items() if name not in ("TILE", "num_warps")}
-    blocks = constants["P_PAD"] // BLOCK_F.value
-    state_kernel[(N * (slots - 1) * blocks,)](
-        x, y, inv_den, delta, table, states, x.shape[1], slots, ONES=ones, REVERSE=reverse, **constants
+    P_PAD = table.shape[1]
+    ones = reads_ones(coefficients)
+    arguments = compiler_arguments(state_kernel, D, y.shape[2], P_PAD, y.dtype, segment, ones)
+    grid = (N * (slots - 1) * (P_PAD // BLOCK_F.value),)
+    state_kernel[grid](x, y, inv_den, delta, table, states, T, slots, REVERSE=reverse, **arguments)
+    numbers = states.shape[2]
+    grid = (N * triton.cdiv(numbers, COLUMNS),)
+    scan_kernel[grid](states, slots, STATE=numbers, ROWS=ROWS, COLUMNS=COLUMNS)
+
+
+def launch_tiles(kernel, tensors, table, states, first, coefficients, segment):
+    """Run a kernel on all tiles of all heads; tensors: what it takes before the table, q, k and v first."""
+    q, _, v, *_ = tensors
+    N, T, D = q.shape
+    arguments = compiler_arguments(kernel, D, v.shape[2], table.shape[1], v.dtype, segment, reads_ones(coefficients))
+    square = complete_square(coefficients, D)
+    grid = (N * triton.cdiv(T, arguments["TILE"]),)
+    kernel[grid](
+        *tensors, table, states, square.scale, square.shift, square.floor, T, states.shape[1], first, **arguments
     )
-    scan_kernel[(N * triton.cdiv(state, COLUMNS),)](states, slots, STATE=state, ROWS=ROWS, COLUMNS=COLUMNS)
-
-
-def launch_tiles(kernel, tensors, table, states, square, first, ones, constants):
-    """Run a kernel on all tiles of all heads; tensors: what it takes before the table, q first."""
-    N, T, _ = tensors[0].shape
-    scale, shift, floor, _ = square
-    grid = (N * triton.cdiv(T, constants["TILE"]),)
-    kernel[grid](*tensors, table, states, scale, shift, floor, T, states.shape[1], first, ONES=ones, **constants)
 
 
 # 8. Two operations for PyTorch
@@ -596,13 +603,11 @@ def forward(
     """Contiguous (N, T, size), initial (N, STATE) -> what `empty_outputs` lists, filled. keep: make the final state."""
     outputs = empty_outputs(q, k, v, initial, table, coefficients, segment, keep)
     o, rounding_error, inv_den, states, final = outputs
-    constants = known_to_the_compiler(q.shape[2], v.shape[2], table.shape[1], v.dtype, segment)
-    square = complete_square(coefficients, q.shape[2])
-    ones = reads_ones(coefficients)
     first = 1 if initial is None else 0
     with torch.cuda.device_of(q):
-        launch_states(k, v, inv_den, inv_den, table, states, initial, ones, constants, reverse=False)
-        launch_tiles(output_kernel, (q, k, v, o, rounding_error, inv_den), table, states, square, first, ones, constants)
+        launch_states(k, v, inv_den, inv_den, table, states, initial, coefficients, segment, reverse=False)
+        tensors = (q, k, v, o, rounding_error, inv_den)
+        launch_tiles(output_kernel, tensors, table, states, first, coefficients, segment)
         if keep:
             final.copy_(states[:, -1])  # a copy: it outlives the other slots
     return outputs
@@ -619,17 +624,14 @@ def backward(
     dq = torch.empty_like(q)
     dk = torch.empty_like(k)
     dv, _, delta, R, d_initial = empty_outputs(q, k, v, d_final, table, coefficients, segment, had_initial)
-    constants = known_to_the_compiler(q.shape[2], v.shape[2], table.shape[1], v.dtype, segment)
-    square = complete_square(coefficients, q.shape[2])
-    ones = reads_ones(coefficients)
     first = 0 if had_initial else 1
     first_in_mirror = 1 if d_final is None else 0
     with torch.cuda.device_of(q):
         queries = (q, k, v, do, o, rounding_error, dq, inv_den, delta)
-        launch_tiles(query_kernel, queries, table, states, square, first, ones, constants)
-        launch_states(q, do, inv_den, delta, table, R, d_final, ones, constants, reverse=True)
+        launch_tiles(query_kernel, queries, table, states, first, coefficients, segment)
+        launch_states(q, do, inv_den, delta, table, R, d_final, coefficients, segment, reverse=True)
         keys = (q, k, v, do, dk, dv, inv_den, delta)
-        launch_tiles(key_kernel, keys, table, R, square, first_in_mirror, ones, constants)
+        launch_tiles(key_kernel, keys, table, R, first_in_mirror, coefficients, segment)
         if had_initial:
             d_initial.copy_(R[:, -1])
     return dq, dk, dv, d_initial
@@ -664,7 +666,10 @@ def fake_backward(do, d_final, q, k, v, table, o, rounding_error, inv_den, state
 
 
 def no_second_derivative(ctx, *gradients):
-    raise RuntimeError("the Triton kernels have no second derivative; use quadratic_attention of 02_linear_attention.py")
+    raise RuntimeError(
+        "a backward pass written by hand has no derivative of its own: for a Hessian, or a penalty on a gradient, use "
+        "quadratic_attention of 02_linear_attention.py, which autograd follows"
+    )
 
 
 forward.register_fake(empty_outputs)
@@ -715,9 +720,9 @@ def card_problem(device):
 def chunked_attention(q, k, v, coefficients, S=None, z=None, return_state=False, segment=SEGMENT):
     """The chunked form: q, k (B, H, T, D), v (B, H, T, DV) -> o (B, H, T, DV), or (o, S, z) with return_state.
 
-    coefficients: (c0, c1, c2), sim = c0 + c1·s + c2·s² with s = q·k/√D. S (B, H, P, DV) and z (B, H, P): what an earlier
-    part of the sequence left, or None; features in the order of 01. Products are in the precision of v, sums in float32.
-    segment: tokens between two states, 64 or a multiple of 128. Gradients flow to q, k, v, S and z, once.
+    coefficients: (c0, c1, c2), sim = c0 + c1·s + c2·s² with s = q·k/√D. S (B, H, P, DV) and z (B, H, P): what an
+    earlier part of the sequence left, or None; features in the order of 01. segment: tokens between two states, 64 or a
+    multiple of 128. Products are in the precision of v, sums in float32. First derivatives only.
 
     Raises ValueError, in one line, for inputs beyond the limits that `why_not` names, and for another segment.
     [2, section 4; 1, section 3.2]
