@@ -111,6 +111,11 @@ def append_row(path, row):
         raise Refusal(f"cannot write {path}: {error.strerror}; the rows that are there are kept") from None
 
 
+def write_rows(path, rows):
+    """The dictionaries as the whole content of a file, a line of JSON each."""
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
 def read_rows(path, fields=()):
     """The dictionaries of a file of rows; [] if there is no file. A torn last line counts as not written.
 

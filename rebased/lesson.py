@@ -101,6 +101,12 @@ def label_ends(axis, ends, gap=0.075):
         axis.annotate(name, (1.02, height), xycoords="axes fraction", color=color, va="center", annotation_clip=False)
 
 
+# Text
+def printable(text):
+    """Text that may come from anywhere, for a terminal: a · stands for what would move its cursor or ring its bell."""
+    return "".join(character if character.isprintable() or character in "\n\t" else "·" for character in text)
+
+
 # Stopwatch
 def median_seconds(calls, repeats=5):
     """{name: median seconds} of functions that take turns, so that a slow moment of the machine meets all of them.
@@ -193,7 +199,8 @@ def change(settings, assignments):
         try:
             changes[name] = {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
         except (KeyError, ValueError):
-            raise Refusal(f"{text}: {name} must be of type {kind.__name__}, as in {name}={getattr(settings, name)}") from None
+            like = f"{name}={getattr(settings, name)}"
+            raise Refusal(f"{text}: {name} must be of type {kind.__name__}, as in {like}") from None
     return replace(settings, **changes)
 
 
@@ -221,8 +228,8 @@ def writable_path(text):
 def obey(command, after_a_stop):
     """command(), with one line and exit status 2 instead of a stack trace for what the user can mend.
 
-    after_a_stop: what to tell who pressed Ctrl-C. What a terminal cannot show (text of a model, names of files) is shown
-    as ? instead of ending the run.
+    after_a_stop: what to tell who pressed Ctrl-C. What a terminal cannot show (text of a model, names of files) is
+    shown as ? instead of ending the run.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a notebook's cannot be, and shows everything

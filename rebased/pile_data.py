@@ -72,8 +72,8 @@ def find_files(paths, notes=None):
     """Files and folders -> a list of files, those of a folder in the order of their names.
 
     A folder is read with all folders in it, also those that are links; a file that is reached twice is read once.
-    In a folder, the Pile's own validation and test files are left out, for they must not be trained on; give such a file
-    by its own name to read it. What is left out is told in lines that are appended to the list `notes`.
+    In a folder, the Pile's own validation and test files are left out, for they must not be trained on; give such
+    a file by its own name to read it. What is left out is told in lines that are appended to the list `notes`.
     Raises Refusal for a path that does not exist, a folder with nothing to read, a file of another kind.
     """
     notes = [] if notes is None else notes
@@ -97,7 +97,7 @@ def has_suffix(path):
 
 
 def files_of_folder(folder, notes):
-    """The files in a folder that can be trained on; what is left out goes to `notes`. Raises Refusal if none is left."""
+    """The files in a folder to train on; what is left out goes to `notes`. Raises Refusal if none is left."""
     found = []
     others = Counter()
     for path in walk(folder):

@@ -130,8 +130,8 @@ def is_validation(text, share):
 def load_data(paths, vocabulary, valid_share, folder=None, main=True):
     """The Tokens of these files and folders, of Python's own text if there are none: made, completed or reused.
 
-    folder: where they are kept (a folder in runs/tokens). Under torchrun only the main process writes; the others wait for it.
-    Raises Refusal.
+    folder: where they are kept (a folder in runs/tokens). Under torchrun only the main process writes; the others
+    wait for it. Raises Refusal.
     """
     if not 0 < valid_share < 1:
         raise Refusal(f"valid_share must lie between 0 and 1, got {valid_share}")
@@ -175,14 +175,14 @@ def refuse_foreign(folder):
         return
     for name in PARTS:
         if (folder / name).exists():
-            raise Refusal(f"{shown(folder)} holds a {name} that this program did not write; choose another --tokens folder")
+            raise Refusal(f"{shown(folder)} holds a {name} that is not ours; choose another --tokens folder")
 
 
 def fingerprints(files, cache, main=True):
     """[[size, SHA-256]] of files: what they are, wherever they lie.
 
-    Reading some hundred gigabytes takes minutes. So the main process remembers a digest, in the file `cache`, for as long
-    as path, size and times of change stay what they are. Where the cache cannot be written, files are read each time.
+    Reading some hundred gigabytes takes minutes. So the main process remembers a digest, in the file `cache`, for as
+    long as path, size and times of change stay what they are. Where that cannot be written, files are read each time.
     """
     known = read_cache(cache)
     missing = [path for path in files if stamp(path) not in known]
@@ -297,6 +297,27 @@ def open_tokens(folder, manifest, vocabulary, notes):
     dtype = token_type(vocabulary.size)
     docs = load("valid.docs", np.dtype(np.int64)).reshape(-1, 4)
     return Tokens(manifest, load("train.bin", dtype), load("valid.bin", dtype), docs, vocabulary, notes)
+
+
+def first_documents(data, limit):
+    """The first validation documents, about `limit` tokens: (a separator and their tokens, their rows of valid_docs).
+
+    Raises Refusal if there is none.
+    """
+    docs = data.valid_docs  # (documents, 4): start, tokens, bytes, subset
+    if not len(docs):
+        raise Refusal("no document fell into the validation part; give more documents or a larger valid_share")
+    docs = docs[: max(1, np.searchsorted(docs[:, 0], limit))]
+    end = docs[-1, 0] + docs[-1, 1] + 1
+    return np.append([data.vocabulary.separator], data.valid[:end]), docs
+
+
+def kinds_of_tokens(docs):
+    """Of every token after the first of those: the number of its subset, and whether it is text or ends a document."""
+    subset = np.repeat(docs[:, 3], docs[:, 1] + 1)
+    is_text = np.ones(len(subset), dtype=bool)
+    is_text[docs[:, 0] + docs[:, 1]] = False
+    return subset, is_text
 
 
 # What the tokens hold

@@ -1,0 +1,121 @@
+"""Tables and the figure of 05, from rows alone: dictionaries as its run writes them, one for each model."""
+
+import math
+
+from rebased import lesson
+
+STYLES = [("black", ":"), ("tab:blue", "-"), ("tab:red", "--"), ("tab:orange", "-."), ("tab:green", "-"),
+          ("tab:purple", "--"), ("tab:gray", "-.")]  # told apart by their dashes where there is no colour
+
+
+def thin_curve(log, batch_tokens, points=60):
+    """The training curve in at most so many points [tokens seen, mean loss since the point before]."""
+    every = math.ceil(len(log) / points)
+    curve = []
+    for end in range(every, len(log) + 1, every):
+        losses = [record["loss"] for record in log[end - every : end]]
+        curve.append([end * batch_tokens, sum(losses) / every])
+    return curve
+
+
+# Tables
+def print_tables(rows):
+    """The models; perplexity by slices; bits per byte by subsets, with a > where it is above that of zlib."""
+    print_models(rows)
+    print_slices(rows)
+    print_bits(rows)
+
+
+def print_models(rows):
+    settings = rows[0]["settings"]
+    print(f"{settings['steps']:,} steps of {settings['batch_tokens']:,} tokens, T = {settings['seq_len']:,}; "
+          f"validation: {rows[0]['tokens']:,} tokens, {rows[0]['bytes']:,} bytes\n")
+    print(f"{'':20}{'parameters':>12}{'loss':>8}{'perplexity':>12}{'bits per byte':>15}{'tokens/s':>10}")
+    for row in rows:
+        print(f"{row['mixer']:20}{row['parameters']:12,}{row['loss']:8.3f}{row['perplexity']:12.2f}"
+              f"{row['bits_per_byte']:14.3f}{mark(row)}{row['tokens_per_s']:10,.0f}")
+    print(f"{'zlib':20}{'':32}{rows[0]['zlib']:14.3f}\n")
+
+
+def print_slices(rows):
+    print(f"{'perplexity':20}{'share':>12}" + "".join(f"{row['mixer']:>{width(row)}}" for row in rows))
+    for name, first in rows[0]["slices"].items():
+        for part, share in (("recall", first["share"]), ("other", 1 - first["share"])):
+            title = f"{name}, AR" if part == "recall" else "    the others"
+            cells = "".join(f"{number(row['slices'][name][part], '.2f'):>{width(row)}}" for row in rows)
+            print(f"{title:20}{share:12.1%}{cells}")
+    print()
+
+
+def print_bits(rows):
+    print(f"{'bits per byte':20}{'bytes':>12}{'zlib':>9}" + "".join(f"{row['mixer']:>{width(row)}}" for row in rows))
+    for name, first in rows[0]["subsets"].items():
+        cells = ""
+        for row in rows:
+            cell = row["subsets"][name]
+            cells += f"{cell['bits_per_byte']:{width(row) - 1}.3f}{mark(cell)}"
+        print(f"{name[:19]:20}{first['bytes']:12,}{first['zlib']:9.3f}{cells}")
+    print("> : above zlib, which only looks up repetitions\n")
+
+
+def width(row):
+    """Of the column of a model."""
+    return max(12, len(row["mixer"]) + 2)
+
+
+def mark(cell):
+    return ">" if cell["bits_per_byte"] > cell["zlib"] else " "
+
+
+def number(value, form):
+    """A number, or a dash where there was nothing to measure."""
+    return "–" if value is None else format(value, form)
+
+
+def print_reading(rows):
+    """What the tables say."""
+    ordered = sorted(rows, key=lambda row: row["bits_per_byte"])
+    best = ordered[0]
+    tokens = best["settings"]["steps"] * best["settings"]["batch_tokens"]
+    ranking = ", ".join(f"{row['mixer']} {row['bits_per_byte']:.3f}" for row in ordered)
+    print(f"Bits per byte after {tokens:,} tokens, one seed: {ranking}; zlib {best['zlib']:.3f}.")
+    above = [row["mixer"] for row in ordered if mark(row) == ">"]
+    if above:
+        print(f"Not yet at zlib: {', '.join(above)}. What has not learned that much says little about its mixer.")
+    bigram = best["slices"]["bigram"]
+    recall = number(bigram["recall"], ".2f")
+    other = number(bigram["other"], ".2f")
+    print(f"{bigram['share']:.0%} of the tokens end a pair that the context has had: perplexity {recall} there, "
+          f"{other} on the others ({best['mixer']}).\n")
+
+
+# The figure
+def draw(rows, path):
+    """Training loss against tokens, and validation loss against the position in the context; at most seven models."""
+    figure = lesson.new_figure(width=6.5, height=7)
+    if figure is None:
+        return
+    above, below = figure.subplots(2, 1)
+    rows = rows[:7]
+    draw_lines(above, rows, "curve")
+    above.set(title="training", xlabel="tokens seen", ylabel="loss, nats a token")
+    draw_lines(below, rows, "by_position")
+    length = rows[0]["settings"]["seq_len"]
+    below.axvline(length, color="gray", linestyle=":", linewidth=1)
+    below.set(title="validation, by position in the context", ylabel="loss, nats a token")
+    below.set(xlabel=f"position (trained: up to {length:,}, dotted)", xscale="log")
+    for axis, key in ((above, "curve"), (below, "by_position")):
+        ends = [(row["mixer"], row[key][-1][1], style[0]) for row, style in zip(rows, STYLES, strict=False)]
+        lesson.label_ends(axis, ends)
+    said = ", ".join(f"{row['mixer']} {row['loss']:.2f}" for row in rows)
+    lesson.save_figure(figure, path, f"Loss of language models in training and by position; validation loss: {said}.")
+
+
+def draw_lines(axis, rows, key):
+    for row, (color, dashes) in zip(rows, STYLES, strict=False):
+        x = [point[0] for point in row[key]]
+        y = [point[1] for point in row[key]]
+        axis.plot(x, y, dashes, color=color)
+    if key == "by_position":
+        axis.set_xticks(x, [f"{end:,}" for end in x], minor=False)
+        axis.minorticks_off()
