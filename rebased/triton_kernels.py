@@ -25,6 +25,7 @@ import math
 import os
 
 import torch
+from torch.fx.experimental.symbolic_shapes import guard_scalar
 
 from rebased import EPS
 from rebased.chunked_cpu import complete_square, count_features
@@ -84,14 +85,9 @@ EPS_ON_CHIP = tl.constexpr(EPS)  # a kernel may read a global only if it is a tl
 #     b     −1     −1     −1      0      1      1
 #
 # So one kernel serves every polynomial of degree two and every D; only the table differs.
-@torch.compiler.assume_constant_result  # torch.compile calls it once, while it compiles, and keeps the tensor
 @functools.lru_cache
-def feature_table(coefficients, D, device):
-    """float32 (3, P_PAD): the rows a, b, c, in the order of 01's features; padded to BLOCK_F with c = 0.
-
-    It is copied to the GPU once and kept. A CUDA graph must not record that copy: torch.compile makes the table before
-    it records one, and a graph of one's own needs the usual call before the recording, or there is a RuntimeError.
-    """
+def make_table(coefficients, D, device):
+    """float32 (3, P_PAD): the rows a, b, c, in the order of 01's features; padded to BLOCK_F with c = 0."""
     if torch.device(device).type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("call chunked_attention once before a CUDA graph records it: the first call makes a table")
     c0, c1, c2 = coefficients
@@ -109,6 +105,17 @@ def feature_table(coefficients, D, device):
         rows.append((0, 0, 0.0))
     with torch.inference_mode(False):  # made for good, also if the first call happens to be inference
         return torch.tensor(rows, dtype=torch.float32, device=device).T.contiguous()
+
+
+@torch.compiler.assume_constant_result
+def feature_table(coefficients, D, device):
+    """What `make_table` made when it was first asked: the copy to the GPU happens once.
+
+    A CUDA graph must not record that copy. torch.compile calls this function while it compiles and keeps the tensor as
+    a constant, so its graphs are safe; whoever records a graph of their own makes a usual call before, or gets the
+    RuntimeError above.
+    """
+    return make_table(coefficients, D, device)
 
 
 def reads_ones(coefficients):
@@ -706,7 +713,6 @@ def why_not(q, k, v, coefficients):
 
 
 @torch.compiler.assume_constant_result  # a question to the driver, which torch.compile cannot trace
-@functools.lru_cache
 def card_problem(device):
     """None, or what keeps this GPU from running the kernels."""
     if torch.version.hip is not None:
@@ -735,7 +741,7 @@ def chunked_attention(q, k, v, coefficients, S=None, z=None, return_state=False,
     B, H, T, D = q.shape
     DV = v.shape[-1]
     P = count_features(coefficients, D)
-    coefficients = tuple(float(c) for c in coefficients)
+    coefficients = tuple(guard_scalar(float(c)) for c in coefficients)  # torch.compile: another floor, another graph
     table = feature_table(coefficients, D, q.device)
     P_PAD = table.shape[1]
 
