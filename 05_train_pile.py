@@ -119,7 +119,9 @@ if __name__ == "__main__":
 def prepare_data(options, settings):
     """The tokens of the text that was asked for; the first process makes them. Raises Refusal."""
     vocabulary = make_vocabulary(settings.tokenizer, options.tokenizer_file)
-    return load_data(options.data, vocabulary, settings.valid_share, options.tokens, main=RANK == 0)
+    data = load_data(options.data, vocabulary, settings.valid_share, options.tokens, main=RANK == 0)
+    first_documents(data, settings.eval_tokens)  # refuses now, not after hours of training
+    return data
 
 
 if __name__ == "__main__":

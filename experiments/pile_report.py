@@ -1,0 +1,62 @@
+"""The tables of 05 from rows alone, and how busy a run kept its GPUs.
+
+  python -m experiments.pile_report results/pile_default.jsonl
+  python -m experiments.pile_report runs/speed/results.jsonl --peak-tflops 989      (an H100 in bfloat16)
+
+Utilisation is the model's own count of operations, in tokens per second, over what the hardware could do. A row for it:
+
+  python 05_train_pile.py --preset paper --data FOLDER --out runs/speed \\
+         --set tokenizer=bytes steps=20 warmup=2 micro_batch=4 batch_tokens=65536 eval_tokens=50000
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from rebased import files, kernels, lesson, pile_report
+from rebased import model as models
+from rebased.lesson import Refusal
+
+def flops_per_token(config, T):
+    """Multiplications and additions of a training step per token: 6 a weight, and 3 times the mixers' forward."""
+    features = config.feature_dim * (config.feature_dim + 1) // 2
+    flops = 6 * models.count_parameters(config)
+    for mixer in config.mixers:
+        if mixer == "attention":
+            flops += 3 * 2 * T * config.d_model  # every query meets T/2 keys, and as many values
+        elif mixer in kernels.KERNELS:
+            flops += 3 * 4 * features * config.d_model  # into the state and out of it
+    return flops
+
+
+def print_utilisation(rows, peak):
+    """peak: TFLOP/s that one device can do."""
+    for row in rows:
+        config = models.ModelConfig(**row["config"] | {"mixers": tuple(row["config"]["mixers"])})
+        tflops = row["tokens_per_s"] * flops_per_token(config, row["settings"]["seq_len"]) / 1e12
+        share = tflops / row["processes"] / peak
+        print(f"{row['mixer']:20}{tflops:8.1f} TFLOP/s by the model's own count, {share:.1%} of the peak")
+
+
+def main(argv=None):
+    """The tables of a file of rows. Raises Refusal."""
+    parser = argparse.ArgumentParser(description="tables of 05_train_pile.py from its rows")
+    parser.add_argument("rows", type=Path, help="results.jsonl of a run")
+    parser.add_argument("--peak-tflops", type=float, help="of one device, to print the utilisation (H100, bf16: 989)")
+    parser.add_argument("--figure", type=lesson.writable_path, help="draw the curves there, too")
+    options = lesson.parse_arguments(parser, argv)
+    rows = files.read_rows(options.rows, ("mixer", "settings", "config", "curve", "slices", "subsets", "zlib"))
+    if not rows:
+        raise Refusal(f"{options.rows}: no rows there")
+    print(f"{rows[0]['command']}   ({rows[0]['hardware']}, {rows[0]['date']}, {rows[0]['minutes']} minutes)\n")
+    pile_report.print_tables(rows)
+    pile_report.print_reading(rows)
+    if options.peak_tflops:
+        print_utilisation(rows, options.peak_tflops)
+    if options.figure:
+        pile_report.draw(rows, options.figure)
+
+
+if __name__ == "__main__":
+    lesson.obey(main, "nothing is lost")
