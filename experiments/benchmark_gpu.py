@@ -29,8 +29,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from rebased import files, kernels, lesson, linear_attention
 
 try:
@@ -40,6 +39,7 @@ except ImportError as error:
         raise SystemExit(str(error)) from None
     raise
 
+ROOT = Path(__file__).resolve().parents[1]
 triton = gpu.triton
 DEVICE = "cpu" if gpu.INTERPRETED or not torch.cuda.is_available() else "cuda"
 CAN_RUN = gpu.INTERPRETED or DEVICE == "cuda"
@@ -218,8 +218,8 @@ def print_predicted():
         forward, both = floor_ns(T)
         softmax = 1e9 * 4 * SOFTMAX_D * (T / 2) / FLOPS  # two products, half of the square
         print(f"{T:7,}{flops:9,.0f}{moved:7,.0f}{forward:12.2f}{softmax:9.2f}{both:15.2f}{3.5 * softmax:9.2f}")
-    print("\nsoftmax: its products only, backward 2.5 times forward. From the T where its column passes ours, a linear\n"
-          "form can win; by how much, only a clock can say.\n")
+    print("\nsoftmax: its products only, backward 2.5 times forward. From the T where its column passes ours,\n"
+          "a linear form can win; by how much, only a clock can say.\n")
 
 
 # Right or wrong
@@ -252,7 +252,7 @@ def as_double(tensors):
 
 
 def errors(kernel, T, type_name="float32", segment=128, form=gpu.chunked_attention, **sizes):
-    """{"o", "dq", "dk", "dv": relative RMS distance from float64}; all gradients together if T = 1, where dq = dk = 0."""
+    """{"o", "dq", "dk", "dv": relative distance from float64}; all gradients together if T = 1, where dq = dk = 0."""
     *inputs, upstream = make_inputs(kernel.dim, T, dtypes=TYPES[type_name], **sizes)
     exact = as_double(inputs)
     o = form(*inputs, kernel.coefficients, segment=segment)
@@ -476,9 +476,10 @@ def read_speed(rows):
     softmax = rows.get(("softmax, SDPA", 8192), (None, None))[1]
     far = rows.get(("triton_kernels", 65536), (None, None))[1]
     if ours and softmax and far:
-        print(f"\nAt T = 8,192, forward and backward, softmax takes {softmax[0] / ours[0]:.1f} times as long, and the floor "
-              f"is {floor_ns(8192)[1]:.2f} ns,\n{ours[0] / floor_ns(8192)[1]:.1f} times less; at 65,536 a token costs "
-              f"{far[0] / ours[0]:.2f} times as much.")
+        floor_here = floor_ns(8192)[1]
+        print(f"\nAt T = 8,192, forward and backward, softmax takes {softmax[0] / ours[0]:.1f} times as long as these")
+        print(f"kernels, which take {ours[0] / floor_here:.1f} times the floor of {floor_here:.2f} ns.")
+        print(f"At 65,536 a token costs {far[0] / ours[0]:.2f} times as much as at 8,192.")
     print()
 
 
@@ -523,7 +524,7 @@ def draw(rows, path):
     axis.plot(LENGTHS, [floor_ns(T)[1] for T in LENGTHS], ":", label="floor (H100)")
     axis.set(xscale="log", yscale="log", xlabel="T", ylabel="ns a token and head, forward + backward")
     axis.legend(frameon=False)
-    lesson.save_figure(figure, path, "Time per token and head, forward and backward, against the length of the sequence.")
+    lesson.save_figure(figure, path, "Time per token and head, forward and backward, against the sequence length.")
 
 
 # The command line

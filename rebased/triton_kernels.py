@@ -646,19 +646,22 @@ def backward(
 
 def setup_context(ctx, inputs, output):
     """Keep what the backward pass reads."""
-    q, k, v, initial, table, coefficients, segment, _ = inputs
+    q, k, v, initial, table, coefficients, segment, keep = inputs
     o, rounding_error, inv_den, states, _ = output
     ctx.set_materialize_grads(False)  # a gradient that is not there stays None instead of becoming zeros
     ctx.save_for_backward(q, k, v, table, o, rounding_error, inv_den, states)
     ctx.coefficients = list(coefficients)
     ctx.segment = segment
     ctx.had_initial = initial is not None
+    ctx.kept_final = keep
 
 
 def differentiate(ctx, do, d_rounding_error, d_inv_den, d_states, d_final):
     """The gradients of forward's inputs; only o and the final state are ever used by others."""
     if do is None:
         do = torch.zeros_like(ctx.saved_tensors[2])
+    if not ctx.kept_final:
+        d_final = None
     dq, dk, dv, d_initial = backward(do, d_final, *ctx.saved_tensors, ctx.coefficients, ctx.segment, ctx.had_initial)
     if not ctx.had_initial:
         d_initial = None

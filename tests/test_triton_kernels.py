@@ -1,0 +1,555 @@
+"""The specification of rebased/triton_kernels.py: interpreted, on a GPU if there is one, compiled.
+
+A process in which TRITON_INTERPRET is set cannot compile, and Triton reads it when it is imported. So the tests that
+run kernels skip themselves in an ordinary process without a GPU, and one test runs them all in a process of their own.
+"""
+
+import inspect
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed: the GPU kernels cannot be tested")
+from experiments import benchmark_gpu as benchmark
+from rebased import kernels
+from rebased import linear_attention as la
+from rebased import triton_kernels as gpu
+
+ROOT = Path(__file__).resolve().parent.parent
+runs = pytest.mark.skipif(not benchmark.CAN_RUN, reason="no GPU; test_in_the_interpreter runs it")
+interprets = pytest.mark.skipif(not gpu.INTERPRETED, reason="needs the interpreter; test_in_the_interpreter runs it")
+compiles = pytest.mark.skipif(gpu.INTERPRETED, reason="the interpreter's process cannot compile")
+BASED = (1.0, 1.0, 0.5)
+REBASED = (0.0, 0.0, 1.0)
+KERNELS = {"rebased": kernels.ReBasedKernel(16), "based": kernels.TaylorKernel(16)}
+BACKEND = "inductor" if torch.cuda.is_available() else "aot_eager"
+
+
+def interpret(*arguments):
+    """Run this file's tests, or another command, in a process in which Triton interprets -> exit status, output."""
+    command = [sys.executable, *arguments]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr
+
+
+@compiles
+@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_in_the_interpreter(which):
+    code, text = interpret("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", which, __file__)
+    assert code == 0 and "passed" in text, text
+
+
+def inputs_of(D, T, **options):
+    """q, k, v as leaves and an upstream gradient, as the benchmark makes them."""
+    return benchmark.make_inputs(D, T, **options)
+
+
+def values_and_gradients(form, inputs, upstream):
+    """[o, dq, dk, dv]."""
+    o = form(*inputs)
+    return [o, *torch.autograd.grad(o, inputs, upstream)]
+
+
+def same_bits(first, second):
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+# Beside each kernel a few lines of PyTorch: they are equal, segment by segment
+def test_the_table_gives_the_features_number_by_number():
+    x = torch.randn(1, 3, 7, dtype=torch.float64)
+    for kernel in (kernels.ReBasedKernel(7), kernels.TaylorKernel(7), kernels.ReBasedKernel(7, floor=0.5)):
+        table = gpu.make_table(kernel.coefficients, 7, torch.device("cpu")).double()
+        found = gpu.features_reference(x, table)
+        assert torch.allclose(found[..., : kernel.num_features], kernel.features(x))
+        assert not found[..., kernel.num_features :].any() and found.shape[-1] % gpu.BLOCK_F.value == 0
+
+
+def test_the_gradient_of_the_table_is_that_of_autograd():
+    x = torch.randn(2, 3, 7, dtype=torch.float64, requires_grad=True)
+    table = gpu.make_table(BASED, 7, torch.device("cpu")).double()
+    phi = gpu.features_reference(x, table)
+    dphi = torch.randn_like(phi)
+    found = gpu.features_backward_reference(x, dphi, table)
+    assert torch.allclose(found, torch.autograd.grad(phi, x, dphi)[0])
+
+
+class OneRun:
+    """All five kernels on N = 2 heads of T = 150 tokens in segments of 64, with a state at both ends, in float32."""
+
+    def __init__(self, coefficients, T=150, D=7, DV=5):
+        generator = torch.Generator().manual_seed(0)
+        self.coefficients = coefficients
+        self.q, self.k = (torch.rand(2, 2, T, D, generator=generator) + 0.1).to(benchmark.DEVICE)
+        self.v, self.do = torch.randn(2, 2, T, DV, generator=generator).to(benchmark.DEVICE)
+        self.table = gpu.make_table(coefficients, D, self.q.device)
+        features = (self.table[2] > 0)[:, None]  # padding is 0
+        sizes = (2, self.table.shape[1], DV + 1)
+        self.first = torch.rand(sizes, generator=generator).to(self.q.device) * features  # the state before all tokens
+        self.last = torch.rand(sizes, generator=generator).to(self.q.device) * features  # gradient of the final one
+
+    def pack(self, state):
+        """(N, P_PAD, DV + 1) -> (N, STATE), as it lies in a slot."""
+        return torch.cat([state[..., :-1].flatten(1), state[..., -1]], dim=1)
+
+    def unpack(self, slots):
+        """(N, slots, STATE) -> (N, slots, P_PAD, DV + 1)."""
+        P_PAD = self.table.shape[1]
+        S = slots[..., :-P_PAD].unflatten(-1, (P_PAD, -1))
+        return torch.cat([S, slots[..., -P_PAD:].unsqueeze(-1)], dim=-1)
+
+    def parts(self, *tensors):
+        """The segments of tensors (N, T, size), as a list of tuples."""
+        return list(zip(*(x.split(64, 1) for x in tensors), strict=True))
+
+
+def close(found, expected):
+    return la.relative_error([found], [expected]) < 1e-5
+
+
+@runs
+@pytest.mark.parametrize("coefficients", [REBASED, BASED], ids=["rebased", "based"])
+def test_each_kernel_equals_its_reference(coefficients):
+    run = OneRun(coefficients)
+    q, k, v, do, table = run.q, run.k, run.v, run.do, run.table
+    rest = coefficients, 64
+    o, low, inv_den, states, _ = gpu.empty_outputs(q, k, v, run.first, table, *rest, True)
+    gpu.launch_states(k, v, inv_den, inv_den, table, states, run.pack(run.first), *rest, reverse=False)
+    before = [run.first]  # the state kernel and the scan, in PyTorch
+    for k_s, v_s in run.parts(k, v):
+        before.append(gpu.state_reference(k_s, v_s, torch.ones_like(v_s[..., :1]), table))
+    before = gpu.scan_reference(torch.stack(before, 1))  # (N, slots, P_PAD, DV + 1)
+    assert close(run.unpack(states), before)
+
+    gpu.launch_tiles(gpu.output_kernel, (q, k, v, o, low, inv_den), table, states, 0, *rest)
+    found = [gpu.output_reference(*x, before[:, s], table, coefficients) for s, x in enumerate(run.parts(q, k, v))]
+    expected_o = torch.cat([x[0] for x in found], 1)
+    expected_inv = torch.cat([x[1] for x in found], 1)
+    assert close(o, expected_o) and close(inv_den, expected_inv[..., 0])
+
+    dq, dk, dv, delta = (torch.empty_like(x) for x in (q, k, v, inv_den))
+    gpu.launch_tiles(gpu.query_kernel, (q, k, v, do, o, low, dq, inv_den, delta), table, states, 0, *rest)
+    tensors = run.parts(q, k, v, do, expected_o, expected_inv)
+    found = [gpu.query_reference(*x, before[:, s], table, coefficients) for s, x in enumerate(tensors)]
+    expected_delta = torch.cat([x[1] for x in found], 1)
+    assert close(dq, torch.cat([x[0] for x in found], 1)) and close(delta, expected_delta[..., 0])
+
+    R = torch.empty_like(states)
+    gpu.launch_states(q, do, inv_den, delta, table, R, run.pack(run.last), *rest, reverse=True)
+    after = [run.last]
+    for q_s, do_s, inv_s, delta_s in reversed(run.parts(q, do, expected_inv, expected_delta)):
+        after.append(gpu.state_reference(q_s, do_s * inv_s, -delta_s * inv_s, table))
+    after = gpu.scan_reference(torch.stack(after, 1))
+    assert close(run.unpack(R), after)
+
+    gpu.launch_tiles(gpu.key_kernel, (q, k, v, do, dk, dv, inv_den, delta), table, R, 0, *rest)
+    tensors = run.parts(q, k, v, do, expected_inv, expected_delta)
+    found = [gpu.key_reference(*x, after[:, 2 - s], table, coefficients) for s, x in enumerate(tensors)]
+    assert close(dk, torch.cat([x[0] for x in found], 1)) and close(dv, torch.cat([x[1] for x in found], 1))
+
+
+# All of them together: the definition
+@runs
+@pytest.mark.parametrize("type_name", benchmark.TYPES)
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("T", [1, 31, 64, 65, pytest.param(600, marks=pytest.mark.slow)])
+def test_equals_the_definition(T, name, type_name):
+    found = benchmark.errors(KERNELS[name], T, type_name, H=2 if T == 65 else 1)
+    assert not benchmark.too_large(found, type_name), found
+
+
+@runs
+@pytest.mark.parametrize("D,Dv", [(1, 1), (8, 10), (7, 42), pytest.param(32, 128, marks=pytest.mark.slow)])
+def test_any_size(D, Dv):
+    assert max(benchmark.errors(kernels.TaylorKernel(D), 70, segment=64, Dv=Dv).values()) <= 1e-5
+
+
+@runs
+def test_a_floor_set_after_training():
+    kernel = kernels.ReBasedKernel(8)
+    for floor in (0.5, 0.0, 0.25):
+        kernel.floor = floor
+        assert max(benchmark.errors(kernel, 70, segment=64).values()) <= 1e-5
+
+
+@runs
+@pytest.mark.slow
+def test_the_check_of_the_benchmark():
+    """As above at T = 150, across segments, every type."""
+    benchmark.check_equals_the_definition()
+
+
+@pytest.mark.skipif(benchmark.DEVICE != "cuda", reason="needs a GPU: the interpreter runs one thing at a time")
+@pytest.mark.parametrize("type_name", benchmark.TYPES)
+def test_no_bits_move_in_100_runs(type_name):
+    assert benchmark.moved_bits(type_name)[0] == 0
+
+
+# States
+@runs
+def test_three_pieces_equal_one_run_and_so_do_their_gradients():
+    *inputs, upstream = inputs_of(8, 150)
+
+    def in_pieces(*tensors):
+        pieces = []
+        S, z = None, None
+        for start, end in ((0, 70), (70, 71), (71, 150)):
+            part = [x[:, :, start:end] for x in tensors]
+            o, S, z = gpu.chunked_attention(*part, REBASED, S, z, return_state=True, segment=64)
+            pieces.append(o)
+        return torch.cat(pieces, 2)
+
+    whole = values_and_gradients(partial(gpu.chunked_attention, coefficients=REBASED, segment=64), inputs, upstream)
+    assert la.relative_error(values_and_gradients(in_pieces, inputs, upstream), whole) < 1e-5
+
+
+@runs
+@pytest.mark.parametrize("T", [40, 150])
+def test_gradients_through_both_states(T):
+    """Against 02's chunked form in float64: initial state in, final state out, an upstream gradient on each."""
+    kernel = kernels.TaylorKernel(8)
+    *inputs, upstream = inputs_of(8, T)
+    sizes = ((1, 1, kernel.num_features, 5), (1, 1, kernel.num_features))
+    states = [torch.rand(size, device=upstream.device).requires_grad_() for size in sizes]
+    upstreams = [upstream, *(torch.rand_like(x) for x in states)]
+    found = gpu.chunked_attention(*inputs, kernel.coefficients, *states, return_state=True, segment=64)
+    found = [*found, *torch.autograd.grad(found, [*inputs, *states], upstreams)]
+    exact = benchmark.as_double([*inputs, *states])
+    o, state = la.chunked_attention(*exact[:3], kernel, la.State(*exact[3:]), return_state=True)
+    wanted = [o, *state]
+    wanted += torch.autograd.grad(wanted, exact, [x.double() for x in upstreams])
+    for a, b in zip(found, wanted, strict=True):
+        assert la.relative_error([a.double()], [b]) < 1e-5
+
+
+@runs
+def test_only_the_state_is_used():
+    kernel = kernels.ReBasedKernel(8)
+    *inputs, _ = inputs_of(8, 70)
+    _, S, z = gpu.chunked_attention(*inputs, REBASED, return_state=True)
+    found = torch.autograd.grad(S.sum() + z.sum(), inputs[1:])
+    _, state = la.chunked_attention(*inputs, kernel, return_state=True)
+    assert la.relative_error(found, torch.autograd.grad(state.S.sum() + state.z.sum(), inputs[1:])) < 1e-5
+
+
+@pytest.mark.parametrize("T,edge,keep,slots", [
+    (1, False, False, 0), (512, False, False, 0), (512, True, False, 1), (512, False, True, 2), (513, False, False, 2),
+    (1024, False, True, 3), (2**20, False, False, 2048), (2**20, True, True, 2049),
+])
+def test_there_are_only_the_states_that_somebody_reads(T, edge, keep, slots):
+    assert gpu.count_slots(T, 512, edge, keep) == slots
+
+
+@interprets
+@pytest.mark.parametrize("T,with_state", [(40, False), (40, True), (130, False), (130, True)])
+def test_nothing_is_read_before_it_is_written(T, with_state):
+    """Every fresh tensor is filled with NaN: none comes out, and the numbers are the same."""
+    kernel = kernels.TaylorKernel(4)
+    *inputs, upstream = inputs_of(4, T)
+    S, z = (torch.rand(1, 1, 15, 5), torch.rand(1, 1, 15)) if with_state else (None, None)
+
+    def form(*tensors):
+        result = gpu.chunked_attention(*tensors, kernel.coefficients, S, z, return_state=with_state, segment=64)
+        return torch.cat([result[0], result[1]], 2) if with_state else result
+
+    upstream = torch.cat([upstream, torch.ones(1, 1, 15, 5)], 2) if with_state else upstream
+    expected = values_and_gradients(form, inputs, upstream)
+    torch.use_deterministic_algorithms(True)  # fills what torch.empty gives
+    try:
+        assert torch.empty(9).isnan().all()
+        found = values_and_gradients(form, inputs, upstream)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert same_bits(found, expected) and not any(x.isnan().any() for x in found)
+
+
+# Memory layouts and sizes
+@runs
+def test_any_strides():
+    q, k, v, upstream = inputs_of(8, 70, H=2)
+    form = partial(gpu.chunked_attention, coefficients=REBASED)
+    expected = values_and_gradients(form, (q, k, v), upstream)
+    layouts = [
+        lambda x: x.detach().transpose(1, 2).contiguous().transpose(1, 2),  # as a split projection lies
+        lambda x: x.detach().mT.contiguous().mT,  # rows that are not contiguous
+        lambda x: x.detach().repeat_interleave(2, 2)[:, :, ::2],  # every other row of a larger tensor
+    ]
+    for layout in layouts:
+        inputs = [layout(x).requires_grad_() for x in (q, k, v)]
+        assert same_bits(values_and_gradients(form, inputs, layout(upstream)), expected)
+    ones = torch.ones((), device=q.device).expand_as(upstream)  # all strides 0, as from o.sum().backward()
+    found, wanted = (values_and_gradients(form, (q, k, v), x) for x in (ones, ones.contiguous()))
+    assert same_bits(found, wanted)
+
+
+@runs
+def test_two_runs_give_the_same_bits():
+    *inputs, upstream = inputs_of(8, 130)
+    form = partial(gpu.chunked_attention, coefficients=BASED, segment=64)
+    assert same_bits(values_and_gradients(form, inputs, upstream), values_and_gradients(form, inputs, upstream))
+
+
+@interprets
+def test_the_last_head_of_tensors_beyond_two_to_the_31_numbers(monkeypatch):
+    """Only the last programs run, on memory that is never touched elsewhere: offsets to a head have 64 bits."""
+    from triton.runtime.interpreter import interpreter_builder as builder
+
+    N, T, D, DV = 2**26 + 1, 1, 16, 64  # N·T·DV > 2³¹
+    untouched = [torch.empty(N, T, size, dtype=torch.float16) for size in (D, D, DV, DV)]
+    low = torch.empty(N, T, DV, dtype=torch.bfloat16)
+    q, k, v, o = untouched
+    for x in (q, k, v):
+        x[-1] = torch.arange(x[-1].numel()).to(x.dtype).view(x[-1].shape) / 64 + 0.1
+    inv_den = torch.empty(N, T)
+    table = gpu.make_table(REBASED, D, q.device)
+    set_grid_idx = builder.set_grid_idx
+    monkeypatch.setattr(builder, "set_grid_idx", lambda x, y, z: set_grid_idx(N - 1, y, z))
+    monkeypatch.setattr(gpu.triton, "cdiv", lambda a, b: 1 / N)  # one program
+    monkeypatch.setattr(builder, "set_grid_dim", lambda *grid: None)
+    builder.grid_dim = (N, 1, 1)
+    states = torch.empty(N, 0, 1)
+    arguments = gpu.compiler_arguments(gpu.output_kernel, D, DV, table.shape[1], v.dtype, 512, False)
+    gpu.output_kernel[(1,)](q, k, v, o, low, inv_den, table, states, 1.0, 0.0, 0.0, T, 0, 1, **arguments)
+    assert torch.allclose(o[-1], v[-1])  # after one token o is v
+
+
+# PyTorch's own machinery
+@runs
+def test_custom_operations_are_sound():
+    *inputs, _ = inputs_of(4, 40)
+    q, k, v = (x.detach().flatten(0, 1).requires_grad_() for x in inputs)
+    table = gpu.make_table(REBASED, 4, q.device)
+    initial = (torch.rand(1, 32 * 6, device=q.device) * torch.cat([table[2].repeat_interleave(5), table[2]])).detach()
+    for first, keep in ((None, False), (initial.requires_grad_(), True)):
+        arguments = (q, k, v, first, table, list(REBASED), 64, keep)
+        torch.library.opcheck(gpu.forward, arguments, rtol=1e-4, atol=1e-4)
+
+
+@runs
+def test_torch_compile_without_a_break_also_after_another_floor():
+    kernel = kernels.TaylorKernel(8)
+    *inputs, upstream = inputs_of(8, 40)
+
+    def layer(q, k, v):
+        return gpu.chunked_attention(q * 2, k, v, kernel.coefficients) + 1
+
+    compiled = torch.compile(layer, fullgraph=True, backend=BACKEND)
+    for floor in (0.5, 0.25, 0.0):
+        kernel.floor = floor
+        results = [values_and_gradients(f, inputs, upstream) for f in (layer, compiled)]
+        assert la.relative_error(*results) < 1e-6
+
+
+@runs
+def test_the_table_that_torch_compile_keeps_is_not_made_inside_the_graph():
+    """Else a CUDA graph would record its copy, or own its memory."""
+    graphs = []
+
+    def backend(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    *inputs, _ = inputs_of(5, 20)
+    torch.compile(lambda *x: gpu.chunked_attention(*x, BASED), fullgraph=True, backend=backend)(*inputs)
+    constants = [name for name, _ in graphs[0].named_buffers()]
+    assert any("feature_table" in name for name in constants), constants
+    assert "torch.tensor" not in graphs[0].code
+
+
+def test_the_table_is_not_made_while_a_graph_is_recorded(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="once before a CUDA graph"):
+        gpu.make_table((0.3, 0.0, 1.0), 3, torch.device("cuda"))
+
+
+@runs
+def test_inference_first_and_training_after():
+    *inputs, upstream = inputs_of(6, 20)
+    with torch.inference_mode():
+        gpu.chunked_attention(*inputs, BASED)  # makes the table
+    values_and_gradients(partial(gpu.chunked_attention, coefficients=BASED), inputs, upstream)
+
+
+@runs
+def test_a_second_derivative_is_refused():
+    *inputs, _ = inputs_of(4, 20)
+    for loss in (lambda o: o.sum(), lambda o: o.square().sum()):
+        gradient, *_ = torch.autograd.grad(loss(gpu.chunked_attention(*inputs, BASED)), inputs, create_graph=True)
+        with pytest.raises(RuntimeError, match="use quadratic_attention of 02_linear_attention.py"):
+            gradient.sum().backward()
+
+
+@runs
+def test_a_model_compiles_without_a_break_through_the_kernels(monkeypatch):
+    """On a CPU, `attention` is made to believe in a GPU, and `embed` does not look at the tokens, which is a break."""
+    from rebased import model  # 03_model.py
+
+    config = model.recall_config("rebased")
+    lm = model.LanguageModel(config).to(benchmark.DEVICE)
+    tokens = torch.randint(config.vocab_size, (2, 40), device=benchmark.DEVICE)
+    used = []
+    if gpu.INTERPRETED:
+        source = inspect.getsource(la.attention)
+        assert source.count("q.is_cuda") == 1
+        scope = dict(vars(la))
+        exec(source.replace("q.is_cuda", "True"), scope)
+        monkeypatch.setattr(la, "attention", scope["attention"])
+        monkeypatch.setattr(lm, "embed", lambda tokens: lm.embedding(tokens), raising=True)
+    forward = gpu.forward
+    monkeypatch.setattr(gpu, "forward", lambda *a: used.append(1) or forward(*a))
+    expected = lm(tokens)
+    assert used, "the model does not use the kernels"
+    monkeypatch.setattr(gpu, "forward", forward)
+    torch._dynamo.reset()
+    found = torch.compile(lm, fullgraph=True, backend=BACKEND)(tokens)
+    gradients = [torch.autograd.grad(x.square().sum(), list(lm.parameters())) for x in (found, expected)]
+    assert la.relative_error([found], [expected]) < 1e-5 and la.relative_error(*gradients) < 1e-4
+
+
+@compiles
+@pytest.mark.slow
+def test_a_model_compiles_on_a_cpu():
+    """There the chunked form runs; breaks of the graph are allowed."""
+    from rebased import model  # 03_model.py
+
+    config = model.recall_config("rebased")
+    lm = model.LanguageModel(config)
+    tokens = torch.randint(config.vocab_size, (2, 40))
+    torch._dynamo.reset()
+    expected = lm(tokens)
+    found = torch.compile(lm, backend="aot_eager")(tokens)
+    gradients = [torch.autograd.grad(x.square().sum(), list(lm.parameters())) for x in (found, expected)]
+    assert la.relative_error([found], [expected]) < 1e-5 and la.relative_error(*gradients) < 1e-4
+
+
+# Limits: one line that says which
+def tensors(D=16, DV=5, dtype=torch.float32, device=benchmark.DEVICE, T=4):
+    return [torch.empty(1, 1, T, size, dtype=dtype, device=device) for size in (D, D, DV)]
+
+
+@pytest.mark.parametrize("inputs,coefficients,message", [
+    (tensors(), kernels.EluKernel(16).coefficients, "no polynomial"),
+    (tensors(), kernels.ElementwiseKernel(16).coefficients, "no polynomial"),
+    (tensors(), (1.0, 1.0, 0.0), "c2 is 0.0"),
+    (tensors(), (0.0, -1.0, 1.0), "negative"),
+    (tensors(dtype=torch.float64), REBASED, "not in torch.float64"),
+    (tensors(D=48), REBASED, "at most 32.* 48"),
+    (tensors(DV=150), REBASED, "at most 128.* 150"),
+    (tensors(DV=128, device="meta", T=2**24), REBASED, "32 bits"),
+])
+def test_limits_are_named_in_one_line(inputs, coefficients, message):
+    line = gpu.why_not(*inputs, coefficients)
+    assert "\n" not in line
+    with pytest.raises(ValueError, match=f"no Triton kernel for these inputs: .*{message}"):
+        gpu.chunked_attention(*inputs, coefficients)
+
+
+@compiles
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_another_device_is_refused_in_one_line(device):
+    assert f"one NVIDIA GPU, not on {device}" in gpu.why_not(*tensors(device=device), REBASED)
+
+
+def test_cards_that_cannot_are_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert "Ampere" in gpu.card_problem(torch.device("cuda")) and "7.5" in gpu.card_problem(torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert gpu.card_problem(torch.device("cuda")) is None
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert "ROCm" in gpu.card_problem(torch.device("cuda"))
+
+
+@runs
+@pytest.mark.parametrize("segment", [0, -128, 1, 32, 96, 192, 320, 640.0 - 0.5])
+def test_segments_that_are_no_whole_tiles_are_refused(segment):
+    with pytest.raises(ValueError, match="segment must be 64 or a multiple of 128"):
+        gpu.chunked_attention(*tensors(), REBASED, segment=segment)
+
+
+# Faults that the tests above would notice
+@compiles
+def test_dropping_delta_is_caught(tmp_path):
+    """A copy of the file whose δ is 0 is outside every tolerance."""
+    source = Path(gpu.__file__).read_text(encoding="utf-8")
+    line = "    delta_tile = tl.sum(do_tile.to(tl.float32) * o_tile, 1)\n"
+    assert source.count(line) == 1
+    wrong = source.replace(line, line.replace("o_tile", "0.0 * o_tile"))
+    (tmp_path / "wrong.py").write_text(wrong, encoding="utf-8")
+    code = (
+        f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(tmp_path)!r}]\n"
+        "import wrong, rebased\n"
+        "sys.modules['rebased.triton_kernels'] = rebased.triton_kernels = wrong\n"
+        "from experiments import benchmark_gpu as b\n"
+        "print(*b.errors(b.kernels.ReBasedKernel(8), 65).values())"
+    )
+    status, out = interpret("-c", code)
+    assert status == 0, out
+    o, dq, dk, dv = map(float, out.split())
+    assert max(o, dv) <= 1e-5 and min(dq, dk) > 0.1, out
+
+
+@compiles
+def test_without_triton_one_line_and_nothing_else_breaks():
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch\n"
+        "from rebased import kernels, linear_attention\n"
+        "print(linear_attention.attention(*torch.rand(3, 1, 1, 4, 16), kernels.ReBasedKernel(16)).shape)\n"
+        "try:\n"
+        "    from rebased import triton_kernels\n"
+        "except ImportError as error:\n"
+        "    print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["torch.Size([1, 1, 4, 16])", gpu.MISSING], done.stderr
+
+
+# Compiled for cards that are not there
+@compiles
+def test_compiled_for_an_a100_and_an_h100_nothing_spills():
+    benchmark.check_nothing_spills()
+    assert len(benchmark.static_table()) == 12
+
+
+@compiles
+@pytest.mark.slow
+def test_two_programs_of_output_and_dq_share_a_multiprocessor():
+    benchmark.check_two_programs_fit()
+
+
+@compiles
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_nor_do_other_types(dtype):
+    benchmark.check_nothing_spills(dtype)
+
+
+@compiles
+@pytest.mark.slow
+def test_what_autocast_makes_compiles():
+    """float32 q and k with bfloat16 v. For an A100 it spills 16 bytes of `state`, so that three programs fit."""
+    for (name, capability), made in benchmark.static_table(torch.bfloat16, torch.float32).items():
+        assert made.stack <= (16 if (name, capability) == ("state", 80) else 0), (name, capability, made)
+        assert made.shared <= 99 * 1024
+
+
+@compiles
+@pytest.mark.slow
+@pytest.mark.parametrize("coefficients,segment", [(BASED, 512), (REBASED, 64)], ids=["based", "segment 64"])
+def test_based_and_short_segments_compile_without_a_spill(coefficients, segment):
+    for name in benchmark.KERNELS:
+        made = benchmark.compile_for(90, name, coefficients=coefficients, segment=segment)
+        assert made.stack == 0, (name, made)
+
+
+def test_no_tile_of_64_rows_has_more_than_four_warps_where_tensor_cores_multiply():
+    for dtype, segment in ((torch.bfloat16, 64), (torch.float16, 512), (torch.bfloat16, 512)):
+        for kernel in (gpu.output_kernel, gpu.query_kernel, gpu.key_kernel):
+            arguments = gpu.compiler_arguments(kernel, 16, 64, 160, dtype, segment, False)
+            assert arguments["num_warps"] * 16 == arguments["TILE"]
