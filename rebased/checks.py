@@ -69,3 +69,39 @@ def attention_form(form):
         return o.to(v.dtype), state
 
     return wrapped
+
+
+def check_tokens(tokens, vocab_size):
+    """Raise ValueError unless tokens are (B, T) int64, below vocab_size (a GPU would have to wait: not read)."""
+    if tokens.ndim != 2 or tokens.dtype != torch.int64 or 0 in tokens.shape:
+        raise ValueError(f"tokens must be int64 of shape (B, T), got {tokens.dtype} {tuple(tokens.shape)}")
+    if tokens.device.type == "cpu" and not 0 <= tokens.min() <= tokens.max() < vocab_size:
+        raise ValueError(f"tokens must lie in 0 and below {vocab_size}, got {tokens.min()} to {tokens.max()}")
+
+
+def check_positions(positions, tokens):
+    """Raise ValueError unless positions are (B, n) int64, places of tokens (B, T)."""
+    if positions.dtype != torch.int64 or positions.ndim != 2 or len(positions) != len(tokens):
+        got = f"{positions.dtype} {tuple(positions.shape)}"
+        raise ValueError(f"positions must be int64 of shape (B, n) with B = {len(tokens)}, got {got}")
+    T = tokens.shape[1]
+    if positions.device.type == "cpu" and positions.numel() and not 0 <= positions.min() <= positions.max() < T:
+        raise ValueError(f"positions must lie in 0 and below {T}, got {positions.min()} to {positions.max()}")
+
+
+def check_model_config(config, known):
+    """Raise ValueError for a ModelConfig of 03 that cannot be built. known: the names that `mixers` may hold."""
+    for name in config.mixers:
+        if name not in known:
+            raise ValueError(f"unknown mixer {name!r}; choose from {', '.join(known)}")
+    for field in ("vocab_size", "d_model", "heads", "feature_dim"):
+        if getattr(config, field) < 1:
+            raise ValueError(f"{field} must be at least 1, got {getattr(config, field)}")
+    if not config.mixers or config.positions < 0 or config.mlp < 0:
+        raise ValueError("a model needs at least one mixer, and positions and mlp must not be negative")
+    if config.norm not in ("layer", "rms") or config.init not in ("paper", "wide"):
+        raise ValueError(f"norm is 'layer' or 'rms', init 'paper' or 'wide'; got {config.norm!r}, {config.init!r}")
+    if config.d_model < config.heads or ("attention" in config.mixers and config.d_model % config.heads):
+        raise ValueError(f"{config.heads} heads do not fit into d_model {config.d_model}")
+    if not (0 <= config.dropout < 1 and 0 <= config.attention_dropout < 1):
+        raise ValueError("dropout and attention_dropout must lie in [0, 1)")
