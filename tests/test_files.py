@@ -1,16 +1,14 @@
-"""rebased/files.py: whole files or none, tensors with a digest, one writer in a folder, rows; rebased/lesson.py: settings."""
+"""rebased/files.py: whole files or none, tensors with a digest, one writer, rows; rebased/lesson.py: settings, text."""
 
 import errno
 import io
 import json
 import os
-import pickle
 import random
 import resource
 import sys
 import threading
 import time
-import zipfile
 from dataclasses import dataclass
 
 import pytest
@@ -18,7 +16,6 @@ import torch
 
 from rebased import files, lesson
 from rebased.lesson import Refusal
-
 
 # Whole files --------------------------------------------------------------------------------------------------------
 def test_a_file_is_written_whole_and_folders_are_made(tmp_path):
@@ -68,8 +65,7 @@ def test_every_flipped_bit_is_noticed(tensors):
         try:
             torch.load(io.BytesIO(damaged), weights_only=True)
             taken_for_good += 1
-        except (RuntimeError, ValueError, EOFError, KeyError, IndexError, UnicodeError, AttributeError, zipfile.BadZipFile,
-                pickle.UnpicklingError, AssertionError, TypeError):
+        except Exception:  # zip and pickle raise many kinds
             pass
     assert taken_for_good > 100  # why there is a digest
 
@@ -191,7 +187,8 @@ def test_settings_are_changed_by_texts_of_their_type():
 
 @pytest.mark.parametrize("text, message", [
     ("step=7", "no setting 'step'; choose from steps, lr, name, fast"), ("steps", "must be of type int"),
-    ("steps=1.5", "must be of type int, as in steps=3"), ("lr=fast", "must be of type float"), ("fast=1", "must be of type bool"),
+    ("steps=1.5", "must be of type int, as in steps=3"), ("lr=fast", "must be of type float"),
+    ("fast=1", "must be of type bool"),
 ])
 def test_a_setting_that_is_none_is_named(text, message):
     with pytest.raises(Refusal, match=message):

@@ -1,23 +1,23 @@
-"""05: whole and broken files, tokens made once and made again after an interruption, the order of the data."""
+"""rebased/pile_data.py and tokens.py: whole and broken files, tokens made once and trusted, come what may."""
+
 import contextlib
 import gzip
 import json
+import multiprocessing
 import os
 import random
 import subprocess
 import sys
 import tracemalloc
-from importlib import import_module
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 
-data_file = import_module("05_pile_data")
+from rebased import pile_data, tokens
+from rebased.lesson import Refusal
 
-PROGRAM = Path(__file__).parents[1] / "05_pile_data.py"
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def make_texts(number=60, seed=0):
@@ -31,9 +31,9 @@ def write(path, rows):
     """Rows (objects, or bytes as they are) as a .jsonl, .jsonl.gz or .jsonl.zst file."""
     lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
     data = b"".join(line + b"\n" for line in lines)
-    if path.suffix == ".gz":
+    if path.suffix.lower() == ".gz":
         data = gzip.compress(data)
-    if path.suffix == ".zst":
+    if path.suffix.lower() == ".zst":
         data = pytest.importorskip("zstandard").ZstdCompressor().compress(data)
     path.write_bytes(data)
     return path
@@ -46,7 +46,7 @@ def make_data(folder, number=60):
 
 
 def tokens_of(folder, files, valid_share=0.2):
-    return data_file.load_data(files, data_file.Bytes(), valid_share, folder / "tokens")
+    return tokens.load_data(files, tokens.Bytes(), valid_share, folder / "tokens")
 
 
 # Reading ------------------------------------------------------------------------------------------------------------
@@ -63,8 +63,8 @@ METAS = [
 def test_every_layout_is_read(tmp_path, suffix, text_key, meta_key):
     rows = [{text_key: f"naïve {i}", meta_key: meta} for i, (meta, _) in enumerate(METAS)] + [{text_key: "bare"}]
     write(tmp_path / f"a.{suffix}", rows)
-    problems = data_file.Problems()
-    found = list(data_file.read_documents([tmp_path], problems))
+    problems = pile_data.Problems()
+    found = list(pile_data.read_documents([tmp_path], problems))
     assert found == [(f"naïve {i}", name) for i, (_, name) in enumerate(METAS)] + [("bare", "unknown")]
     assert not problems.counts
 
@@ -73,7 +73,7 @@ def test_files_of_a_folder_are_read_once_in_order_of_name(tmp_path):
     (tmp_path / "deep").mkdir()
     for name in ("01.jsonl", "00.jsonl", "deep/02.jsonl.gz"):
         write(tmp_path / name, [{"text": name}])
-    found = [text for text, _ in data_file.read_documents([tmp_path, tmp_path / "01.jsonl"])]
+    found = [text for text, _ in pile_data.read_documents([tmp_path, tmp_path / "01.jsonl"])]
     assert found == ["00.jsonl", "01.jsonl", "deep/02.jsonl.gz"]
 
 
@@ -84,7 +84,7 @@ def test_several_frames_and_members_are_one_stream(tmp_path):
     parts = [data[:100], data[100:101], data[101:]]  # the cuts fall inside lines
     (tmp_path / "a.jsonl.zst").write_bytes(b"".join(map(zstandard.ZstdCompressor().compress, parts)))
     (tmp_path / "b.jsonl.gz").write_bytes(b"".join(map(gzip.compress, parts)))
-    assert [text for text, _ in data_file.read_documents([tmp_path])] == texts * 2
+    assert [text for text, _ in pile_data.read_documents([tmp_path])] == texts * 2
 
 
 BROKEN = [
@@ -102,10 +102,10 @@ BROKEN = [
 
 @pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "jsonl.zst"])
 def test_broken_lines_are_skipped_counted_and_named(tmp_path, monkeypatch, capsys, suffix):
-    monkeypatch.setattr(data_file, "LONGEST_LINE", 4000)
+    monkeypatch.setattr(pile_data, "LONGEST_LINE", 4000)
     rows = [part for i, (line, _) in enumerate(BROKEN) for part in ({"text": f"good {i}"}, line)]
-    path, problems = write(tmp_path / f"a.{suffix}", [*rows, b"", b"  "]), data_file.Problems()
-    assert [text for text, _ in data_file.read_documents([path], problems)] == [f"good {i}" for i in range(len(BROKEN))]
+    path, problems = write(tmp_path / f"a.{suffix}", [*rows, b"", b"  "]), pile_data.Problems()
+    assert [text for text, _ in pile_data.read_documents([path], problems)] == [f"good {i}" for i in range(len(BROKEN))]
     assert problems.counts.total() == len(BROKEN) and set(problems.counts) == {reason for _, reason in BROKEN}
     shown = capsys.readouterr().err
     for i, (_, reason) in enumerate(BROKEN):
@@ -128,8 +128,8 @@ def test_damaged_streams_give_what_came_before(tmp_path, suffix, damage):
         data[:] = b"this was never compressed, whatever its name says"
     path.write_bytes(data)
     write(tmp_path / "b.jsonl", [{"text": "the next file is read all the same"}])
-    problems = data_file.Problems()
-    found = [text for text, _ in data_file.read_documents([tmp_path], problems)]
+    problems = pile_data.Problems()
+    found = [text for text, _ in pile_data.read_documents([tmp_path], problems)]
     assert found[-1].startswith("the next file")
     assert damage == "garbage" or (20 < len(found) < 199 and found[:20] == texts[:20])
     ends = {"cut": "the file ends in the middle of its compressed data"}
@@ -141,8 +141,8 @@ def test_damaged_streams_give_what_came_before(tmp_path, suffix, damage):
 def test_an_empty_file_is_a_problem(tmp_path):
     for suffix in ("jsonl", "jsonl.gz"):
         (tmp_path / f"a.{suffix}").write_bytes(b"")
-    problems = data_file.Problems()
-    assert list(data_file.read_documents([tmp_path], problems)) == [] and problems.counts == {"an empty file": 2}
+    problems = pile_data.Problems()
+    assert list(pile_data.read_documents([tmp_path], problems)) == [] and problems.counts == {"an empty file": 2}
 
 
 @pytest.mark.slow
@@ -154,20 +154,83 @@ def test_a_line_of_200_mb_is_passed_over_without_being_held(tmp_path):
             file.write(b"x" * 2**20)
         file.write(b'"}\n{"text": "after"}\n')
     tracemalloc.start()
-    problems = data_file.Problems()
-    assert [text for text, _ in data_file.read_documents([path], problems)] == ["after"]
-    assert tracemalloc.get_traced_memory()[1] < 1.5 * data_file.LONGEST_LINE
+    problems = pile_data.Problems()
+    assert [text for text, _ in pile_data.read_documents([path], problems)] == ["after"]
+    assert tracemalloc.get_traced_memory()[1] < 1.5 * pile_data.LONGEST_LINE
     tracemalloc.stop()
     assert problems.counts == {"a line of more than 64 MB": 1}
 
 
+def texts_in(*paths):
+    return [text for text, _ in pile_data.read_documents(paths)]
+
+
+def test_folders_that_are_links_are_read_and_no_circle_is_run(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    write(tmp_path / "data" / "a.jsonl", [{"text": "here"}])
+    write(tmp_path / "elsewhere" / "b.jsonl", [{"text": "behind a link"}])
+    (tmp_path / "data" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data" / "again").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "circle").symlink_to(tmp_path / "data")
+    (tmp_path / "data" / "c.jsonl").symlink_to(tmp_path / "data" / "a.jsonl")
+    assert sorted(texts_in(tmp_path / "data")) == ["behind a link", "here"]
+
+
+def test_upper_case_names_are_read(tmp_path):
+    for name in ("A.JSONL", "B.Jsonl.GZ", "C.JSONL.ZST"):
+        write(tmp_path / name, [{"text": name}])
+    assert texts_in(tmp_path) == ["A.JSONL", "B.Jsonl.GZ", "C.JSONL.ZST"]
+    assert texts_in(tmp_path / "B.Jsonl.GZ") == ["B.Jsonl.GZ"]
+
+
+def test_a_folder_may_be_called_like_a_file(tmp_path):
+    (tmp_path / "part.jsonl").mkdir()
+    write(tmp_path / "part.jsonl" / "a.jsonl", [{"text": "inside"}])
+    write(tmp_path / "b.jsonl", [{"text": "beside"}])
+    assert texts_in(tmp_path) == ["beside", "inside"] and texts_in(tmp_path / "part.jsonl") == ["inside"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems allow UTF-8 names only")
+def test_a_name_that_is_not_utf_8_does_not_end_the_run(tmp_path, capsys):
+    name = os.fsdecode(bytes(tmp_path) + b"/caf\xe9.jsonl")
+    write(Path(name), [b"broken", *({"text": text} for text in make_texts(9))])
+    data = tokens_of(tmp_path, [tmp_path])
+    assert data.manifest["problems"] == {"not JSON": 1}
+    assert b"caf\xe9.jsonl:1: not JSON" in (tmp_path / "tokens" / "problems.txt").read_bytes()
+    assert "caf\ufffd.jsonl:1: not JSON" in capsys.readouterr().err
+
+
+def test_what_is_not_for_training_is_left_out_and_named(tmp_path, capsys):
+    for name in ("00.jsonl", "val.jsonl.gz", "test.jsonl", "Validation.jsonl", "attest.jsonl"):
+        write(tmp_path / name, [{"text": name}])
+    (tmp_path / "b.parquet").touch()
+    (tmp_path / "gone.jsonl").symlink_to(tmp_path / "nowhere.jsonl")
+    assert texts_in(tmp_path) == ["00.jsonl", "attest.jsonl"]
+    told = capsys.readouterr().err
+    for name in ("val.jsonl.gz: not for training", "test.jsonl: not for training", "Validation.jsonl: not for training",
+                 "gone.jsonl: no file that can be read", ".jsonl.gz: 1 × .parquet"):
+        assert name in told, told
+    assert texts_in(tmp_path / "val.jsonl.gz") == ["val.jsonl.gz"]  # who names it wants it
+    data = tokens_of(tmp_path / "x", [tmp_path])
+    tokens.print_subsets(data)
+    assert "val.jsonl.gz: not for training" in capsys.readouterr().out
+    (tmp_path / "only").mkdir()
+    write(tmp_path / "only" / "test.jsonl", [{"text": "x"}])
+    with pytest.raises(Refusal, match="no .jsonl.*\n.*test.jsonl: not for training"):
+        texts_in(tmp_path / "only")
+
+
+def test_the_names_of_other_files_are_no_reason_to_stop(tmp_path):
+    """What --data refuses: a path that is not there, a file of another kind."""
+    with pytest.raises(Refusal, match="no such file or folder"):
+        texts_in(tmp_path / "nowhere")
+    (tmp_path / "x.parquet").touch()
+    with pytest.raises(Refusal, match="convert it to one of"):
+        texts_in(tmp_path / "x.parquet")
+
+
 # The token store ----------------------------------------------------------------------------------------------------
-def test_a_folder_has_one_writer(tmp_path):
-    with data_file.claim(tmp_path / "tokens"), pytest.raises(data_file.Refusal, match="another run is writing to"):
-        tokens_of(tmp_path, [make_data(tmp_path)])
-    assert tokens_of(tmp_path, [tmp_path / "data.jsonl"]).manifest["complete"]
-
-
 def test_tokens_documents_and_subsets_are_counted(tmp_path):
     data = tokens_of(tmp_path, [make_data(tmp_path)])
     texts, total = make_texts(), {}
@@ -206,13 +269,13 @@ def test_the_split_is_by_document_whatever_the_order(tmp_path):
 
 
 def test_interrupted_tokenising_goes_on_and_ends_with_the_same_bytes(tmp_path, monkeypatch):
-    monkeypatch.setattr(data_file, "COMMIT", 700)
+    monkeypatch.setattr(tokens, "COMMIT", 700)
     rows = [{"text": text} for text in make_texts(40)]
     files = [write(tmp_path / "a.jsonl.gz", [*rows[:20], b"broken"]),
              write(tmp_path / "b.jsonl", [b"broken", *rows[20:]])]
     whole, folder = tokens_of(tmp_path / "whole", files), tmp_path / "cut" / "tokens"
     for stop_after in (3, 9, 14, 25):
-        original, calls = data_file.add_document, []
+        original, calls = tokens.add_document, []
 
         def stop(*arguments, original=original, calls=calls, stop_after=stop_after):
             calls.append(0)
@@ -221,12 +284,12 @@ def test_interrupted_tokenising_goes_on_and_ends_with_the_same_bytes(tmp_path, m
             return original(*arguments)
 
         with monkeypatch.context() as patch:
-            patch.setattr(data_file, "add_document", stop)
+            patch.setattr(tokens, "add_document", stop)
             with contextlib.suppress(KeyboardInterrupt):
                 tokens_of(tmp_path / "cut", files)
     data = tokens_of(tmp_path / "cut", files)
     assert data.manifest == whole.manifest and data.manifest["problems"] == {"not JSON": 2}
-    for name in data_file.PARTS:
+    for name in tokens.PARTS:
         assert (folder / name).read_bytes() == (tmp_path / "whole" / "tokens" / name).read_bytes(), name
 
 
@@ -236,19 +299,19 @@ def test_tokens_are_reused_if_they_fit_and_refused_if_not(tmp_path):
     stamp = (tmp_path / "tokens" / "train.bin").stat().st_mtime_ns
     tokens_of(tmp_path, [path])
     assert (tmp_path / "tokens" / "train.bin").stat().st_mtime_ns == stamp
-    with pytest.raises(data_file.Refusal, match="other valid share"):
+    with pytest.raises(Refusal, match="other valid share"):
         tokens_of(tmp_path, [path], valid_share=0.3)
-    with pytest.raises(data_file.Refusal, match="other sources"):
+    with pytest.raises(Refusal, match="other sources"):
         tokens_of(tmp_path, [write(tmp_path / "other.jsonl", [{"text": "x"}])])
-    other = data_file.Bytes()
+    other = tokens.Bytes()
     other.name = "gpt2"
-    with pytest.raises(data_file.Refusal, match="other tokenizer"):
-        data_file.load_data([path], other, 0.2, tmp_path / "tokens")
+    with pytest.raises(Refusal, match="other tokenizer"):
+        tokens.load_data([path], other, 0.2, tmp_path / "tokens")
     (tmp_path / "tokens" / "train.bin").write_bytes(b"short")
-    with pytest.raises(data_file.Refusal, match="does not have the"):
+    with pytest.raises(Refusal, match="does not have the"):
         tokens_of(tmp_path, [path])
     (tmp_path / "tokens" / "manifest.json").write_text("{}")
-    with pytest.raises(data_file.Refusal, match="not a manifest"):
+    with pytest.raises(Refusal, match="not a manifest"):
         tokens_of(tmp_path, [path])
 
 
@@ -261,93 +324,139 @@ def test_a_local_tokenizer_file_serves_as_gpt_neox(tmp_path):
                                              initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
     codec.train_from_iterator(make_texts(), trainer)
     codec.save(str(tmp_path / "tokenizer.json"))
-    vocabulary = data_file.make_vocabulary("gpt-neox", tmp_path / "tokenizer.json")
+    vocabulary = tokens.make_vocabulary("gpt-neox", tmp_path / "tokenizer.json")
     text = "naïve 東京 <|endoftext|> the pile"
     ids, num_bytes, zeros = vocabulary.encode(text)
     assert vocabulary.decode(ids.tolist()) == text and num_bytes == len(text.encode()) and zeros == 0
     assert vocabulary.separator not in ids and vocabulary.size == 304 and vocabulary.separator == 0
-    data = data_file.load_data([make_data(tmp_path)], vocabulary, 0.2, tmp_path / "tokens")
+    data = tokens.load_data([make_data(tmp_path)], vocabulary, 0.2, tmp_path / "tokens")
     rows = [row for split in data.manifest["subsets"].values() for row in split.values()]
     assert sum(row["bytes"] for row in rows) == sum(len(text.encode()) for text in make_texts())
     assert sum(row["tokens"] for row in rows) < 0.8 * sum(row["bytes"] for row in rows)
     assert data.train.dtype == np.uint16 and data.train.max() < 304
     (tmp_path / "broken.json").write_text("{}")
-    with pytest.raises(data_file.Refusal, match="is no tokenizer.json"):
-        data_file.make_vocabulary("gpt2", tmp_path / "broken.json")
+    with pytest.raises(Refusal, match="is no tokenizer.json"):
+        tokens.make_vocabulary("gpt2", tmp_path / "broken.json")
+
+
+def test_files_are_known_by_what_they_hold_not_by_where_they_lie(tmp_path, monkeypatch):
+    path = make_data(tmp_path)
+    whole = tokens_of(tmp_path, [path])
+    stamp = (tmp_path / "tokens" / "train.bin").stat().st_mtime_ns
+    monkeypatch.chdir(tmp_path)
+    assert tokens_of(tmp_path, ["data.jsonl"]).manifest == whole.manifest
+    moved = path.rename(tmp_path / "moved.jsonl")
+    assert tokens_of(tmp_path, [moved]).manifest == whole.manifest
+    assert (tmp_path / "tokens" / "train.bin").stat().st_mtime_ns == stamp
+    text = bytearray(moved.read_bytes())
+    place = len(text) // 3
+    text[place : place + 1] = b"x" if text[place : place + 1] != b"x" else b"y"
+    moved.write_bytes(text)  # of the same size
+    with pytest.raises(Refusal, match="other sources"):
+        tokens_of(tmp_path, [moved])
+
+
+def test_a_file_is_read_once_to_be_known_again(tmp_path, monkeypatch):
+    path, cache = make_data(tmp_path), tmp_path / "digests.json"
+    found = tokens.fingerprints([path], cache)
+    assert found[0][0] == path.stat().st_size and len(found[0][1]) == 64
+    with monkeypatch.context() as patch:
+        patch.setattr(tokens, "digest", None)
+        assert tokens.fingerprints([path], cache) == found
+    cache.write_bytes(b"damaged")
+    assert tokens.fingerprints([path], cache) == found
+    assert tokens.fingerprints([path], tmp_path / "data.jsonl" / "x.json") == found  # a cache that cannot be written
+
+
+def test_another_programs_tokens_are_refused_and_left_alone(tmp_path):
+    folder = tmp_path / "tokens"
+    folder.mkdir()
+    (folder / "train.bin").write_bytes(b"of nanoGPT")
+    with pytest.raises(Refusal, match="holds a train.bin that is not ours"):
+        tokens_of(tmp_path, [make_data(tmp_path)])
+    assert os.listdir(folder) == ["train.bin"] and (folder / "train.bin").read_bytes() == b"of nanoGPT"
+    with pytest.raises(Refusal, match="is a file"):
+        tokens.load_data([tmp_path / "data.jsonl"], tokens.Bytes(), 0.2, tmp_path / "data.jsonl")
+
+
+def test_a_kill_before_the_first_document_leaves_a_folder_of_ours(tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(tokens, "documents", stop)
+        tokens_of(tmp_path, [make_data(tmp_path)])
+    assert tokens_of(tmp_path, [tmp_path / "data.jsonl"]).manifest["complete"]
+
+
+def tokenise_the_library(folder, number):
+    os.chdir(folder)
+    data = tokens.load_data(None, tokens.Bytes(), 0.05)
+    Path(f"{number}.json").write_text(json.dumps(data.manifest), encoding="utf-8")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are forked")
+def test_two_tokenisations_at_once_in_a_fresh_folder(tmp_path):
+    """Three processes, nothing there yet: one writes, the others wait, all read the same."""
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=tokenise_the_library, args=(tmp_path, number)) for number in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+        assert process.exitcode == 0
+    found = [(tmp_path / f"{number}.json").read_text(encoding="utf-8") for number in range(3)]
+    assert found[0] == found[1] == found[2] and json.loads(found[0])["complete"]
+
+
+def test_no_validation_document_is_said(tmp_path, capsys):
+    data = tokens_of(tmp_path, [write(tmp_path / "a.jsonl", [{"text": "only one"}])], valid_share=1e-9)
+    tokens.print_subsets(data)
+    shown = capsys.readouterr().out
+    assert "no document fell into the validation part" in shown and "nan" not in shown
+    with pytest.raises(Refusal, match="no document fell into the validation part"):
+        tokens.first_documents(data, 100)
+
+
+def test_the_table_counts_what_the_files_hold(tmp_path, capsys):
+    make_data(tmp_path)
+    with open(tmp_path / "data.jsonl", "ab") as file:
+        file.write(b"{broken\n" + json.dumps({"text": "\0" * 3 + "x"}).encode())
+    data = tokens_of(tmp_path, [tmp_path / "data.jsonl"])
+    tokens.print_subsets(data)
+    shown = capsys.readouterr().out
+    rows = {line[:24].strip(): line[24:].split() for line in shown.splitlines()[2:6]}
+    assert list(rows) == ["Github", "ArXiv", "Wikipedia (en)", "unknown"]
+    assert all(int(row[0]) + int(row[2]) == 20 for row in list(rows.values())[:3])
+    assert "not used: 1 × not JSON, 3 × zero bytes" in shown
+
+
+def test_kinds_of_tokens_say_whose_each_token_is(tmp_path):
+    data = tokens_of(tmp_path, [make_data(tmp_path)])
+    stream, docs = tokens.first_documents(data, 300)
+    subset, is_text = tokens.kinds_of_tokens(docs)
+    assert len(stream) == len(subset) + 1 == len(is_text) + 1 and stream[0] == 0
+    assert is_text.tolist() == (stream[1:] != 0).tolist()
+    at = 0
+    for _, length, _, name in docs.tolist():
+        assert set(subset[at : at + length + 1].tolist()) == {name}
+        at += length + 1
 
 
 def test_missing_zstandard_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "zstandard", None)
     (tmp_path / "a.jsonl.zst").write_bytes(b"x")
-    with pytest.raises(data_file.Refusal, match="pip install zstandard"):
-        list(data_file.read_documents([tmp_path]))
+    with pytest.raises(Refusal, match="pip install zstandard"):
+        list(pile_data.read_documents([tmp_path]))
 
 
 @pytest.mark.slow
 def test_the_library_is_the_same_text_in_every_process(tmp_path):
-    code = ("import sys; from importlib import import_module; from pathlib import Path; "
-            "import_module('05_pile_data').write_library(Path(sys.argv[1]))")
+    code = ("import sys; from pathlib import Path; from rebased.pile_data import write_library; "
+            "write_library(Path(sys.argv[1]))")
     for seed in ("1", "2"):
         subprocess.run([sys.executable, "-c", code, str(tmp_path / seed)], check=True,
-                       env=os.environ | {"PYTHONPATH": str(PROGRAM.parent), "PYTHONHASHSEED": seed})
+                       env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": seed})
     assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes()
-    names = {subset for _, subset in map(data_file.parse, (tmp_path / "1").read_bytes().splitlines())}
+    names = {subset for _, subset in map(pile_data.parse, (tmp_path / "1").read_bytes().splitlines())}
     assert names == {"Library", "Tests", "Help"}
-
-
-# The order of the data ----------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("micro_batch, parts", [(1, 8), (2, 4), (8, 1), (16, 1), (5, 2)])
-def test_micro_batches_do_not_depend_on_the_number_of_processes(micro_batch, parts):
-    tokens, chosen = np.arange(5000) % 251, SimpleNamespace(seq_len=32, batch_tokens=32 * 8, seed=0, micro_batch=micro_batch)
-    for step in (0, 7, 100):
-        whole = data_file.training_batch(tokens, chosen, step)
-        rows = torch.cat(whole)
-        assert len(whole) == parts and rows.shape == (8, 33) and torch.equal(rows[:, 1:] - rows[:, :-1] == 1, rows[:, 1:] != 0)
-        for world in [world for world in (2, 4, 8) if parts % world == 0]:
-            shares = [part for rank in range(world) for part in data_file.training_batch(tokens, chosen, step, rank, world)]
-            assert all(torch.equal(a, b) for a, b in zip(shares, whole, strict=True))
-
-
-def test_rare_depends_on_the_counts_of_training():
-    tokens = np.array([[1, 2, 3, 1, 2, 3, 2, 3]])
-    common = data_file.common_bigrams(np.array([1, 2] * 1251))
-    assert data_file.recall_mask(tokens, "bigram").tolist() == [[False] * 4 + [True, True, False, True]]
-    assert data_file.recall_mask(tokens, "rare", common).tolist() == [[False] * 5 + [True, False, True]]
-    few = data_file.common_bigrams(np.array([1, 2] * 1250))
-    assert data_file.recall_mask(tokens, "rare", few).tolist() == data_file.recall_mask(tokens, "bigram").tolist()
-    assert data_file.recall_mask(tokens, "token").tolist() == [[False] * 3 + [True] * 5]
-
-
-@pytest.mark.parametrize("num_tokens", [96, 128, 1000, 4096, 33_333])
-def test_a_pass_sees_every_sequence_once_and_the_next_in_another_order(num_tokens):
-    passes, N = [], num_tokens // 32 - 1
-    for epoch in range(2):
-        starts = [data_file.sequence_start(n, num_tokens, 32, 0) for n in range(epoch * N, (epoch + 1) * N)]
-        assert sorted(starts) == [min(starts) + 32 * i for i in range(N)] and max(starts) + 33 <= num_tokens
-        passes.append(starts)
-    assert passes[0] != passes[1]
-
-
-# The command line ---------------------------------------------------------------------------------------------------
-def test_the_table_counts_what_the_files_hold(tmp_path, capsys):
-    make_data(tmp_path)
-    arguments = ["--data", str(tmp_path), "--tokens", str(tmp_path / "tokens"), "--valid-share", "0.2"]
-    with open(tmp_path / "data.jsonl", "ab") as file:
-        file.write(b"{broken\n" + json.dumps({"text": "\0" * 3 + "x"}).encode())
-    assert data_file.main(arguments) == 0
-    shown = capsys.readouterr().out
-    rows = {line[:24].strip(): line[24:].split() for line in shown.splitlines()[2:6]}
-    assert list(rows) == ["Github", "ArXiv", "Wikipedia (en)", "unknown"]
-    assert all(int(row[0]) + int(row[2]) == 20 for row in list(rows.values())[:3])
-    assert "not used: 1 × not JSON, 3 × zero bytes" in shown and f"checks: {len(data_file.CHECKS)} passed, 0 failed" in shown
-
-
-@pytest.mark.parametrize("arguments, message", [
-    (["--data", "nowhere"], "no such file"), (["--valid-share", "1"], "--valid-share must lie between 0 and 1"),
-])
-def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys, arguments, message):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as stop:
-        data_file.main(arguments)
-    shown = capsys.readouterr().err
-    assert stop.value.code == 2 and shown.startswith("error: ") and message in shown and shown.count("\n") == 1

@@ -1,0 +1,507 @@
+"""05: the order of the data, updates, checkpoints that survive kill -9, evaluation, two processes, bad input."""
+
+import contextlib
+import json
+import math
+import os
+import random
+import resource
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from statistics import mean, stdev
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from test_pile_data import make_data, make_texts, tokens_of, write
+
+from rebased import files, lesson, model, pile_report, pile_settings, tokens, train_pile
+from rebased.lesson import Refusal
+
+ROOT = Path(__file__).resolve().parents[1]
+PROGRAM = ROOT / "05_train_pile.py"
+
+
+def settings(**changes):
+    small = dict(seq_len=32, batch_tokens=128, micro_batch=2, steps=6, warmup=2, save_every=2)
+    return pile_settings.Settings(**small | dict(valid_share=0.2, eval_tokens=300, eval_length=64) | changes)
+
+
+def flags(chosen):
+    """Settings as command-line options."""
+    default = asdict(pile_settings.Settings())
+    return ["--set", *(f"{name}={value}" for name, value in asdict(chosen).items() if value != default[name])]
+
+
+def run_script(*arguments):
+    """The lesson as a script, in this process: to start PyTorch for each would take most of the time of these tests."""
+    before = sys.argv
+    sys.argv = [str(PROGRAM), *map(str, arguments)]
+    try:
+        runpy.run_path(str(PROGRAM), run_name="__main__")
+    finally:
+        sys.argv = before
+
+
+# The order of the data ----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("num_tokens", [96, 128, 1000, 4096, 33_333])
+def test_a_pass_sees_every_sequence_once_and_the_next_in_another_order(num_tokens):
+    passes, N = [], num_tokens // 32 - 1
+    for epoch in range(2):
+        starts = [train_pile.sequence_start(n, num_tokens, 32, 0) for n in range(epoch * N, (epoch + 1) * N)]
+        assert sorted(starts) == [min(starts) + 32 * i for i in range(N)] and max(starts) + 33 <= num_tokens
+        passes.append(starts)
+    assert passes[0] != passes[1]
+
+
+@pytest.mark.parametrize("micro_batch, parts", [(1, 8), (2, 4), (8, 1), (16, 1), (5, 2)])
+def test_processes_share_the_batch_of_one(micro_batch, parts):
+    row = np.arange(5000) % 251
+    chosen = settings(batch_tokens=32 * 8, micro_batch=micro_batch)
+    for step in (0, 7, 100):
+        whole = train_pile.micro_batches(row, chosen, step)
+        batch = torch.cat(whole)
+        assert len(whole) == parts and batch.shape == (8, 33) and batch.dtype == torch.int64
+        assert torch.equal(batch[:, 1:] - batch[:, :-1] == 1, batch[:, 1:] != 0)  # neighbours in the row
+        for world in (2, 4, 8):
+            shares = [torch.cat(train_pile.micro_batches(row, chosen, step, rank, world)) for rank in range(world)]
+            assert torch.equal(torch.cat(shares), batch)
+    assert not torch.equal(batch, torch.cat(train_pile.micro_batches(row, chosen, 101)))
+
+
+def test_the_claims_of_the_lesson():
+    for name in dir(train_pile):
+        if name.startswith("check_"):
+            getattr(train_pile, name)()
+
+
+# Models and updates -------------------------------------------------------------------------------------------------
+def test_parameter_counts_of_the_paper():
+    _, paper = pile_settings.read_options(["rebased"], ["--preset", "paper", "--mixers", "rebased"])
+    counts = {mixer: model.count_parameters(train_pile.model_config(mixer, paper, 50280)) for mixer in
+              ("attention", "based", "rebased")}
+    assert counts == {"attention": 151_880_448, "based": 147_542_016, "rebased": 147_548_928}
+    assert paper.batch_tokens == 4_194_304 and paper.steps == 20_000 and paper.lr == 1e-3 and paper.warmup == 200
+
+
+def test_laptop_models_are_equal_in_size():
+    configs = [train_pile.laptop_config(mixer, 256) for mixer in ("rebased", "based", "attention")]
+    sizes = [model.count_parameters(config) for config in configs]
+    assert max(sizes) < 1.002 * min(sizes)
+
+
+def test_recomputed_blocks_give_the_same_gradients(tmp_path):
+    data, gradients = tokens_of(tmp_path, [make_data(tmp_path)]), []
+    for again in (False, True):
+        plain = train_pile.make_model("rebased", settings(), 256)
+        ready = train_pile.make_ready(plain, settings(recompute=again))
+        train_pile.add_gradients(ready, train_pile.micro_batches(data.train, settings(), 0))
+        gradients.append(torch.cat([p.grad.flatten() for p in plain.parameters()]))
+    assert torch.allclose(*gradients, rtol=1e-4, atol=1e-7)
+
+
+def test_decay_is_for_matrices_and_the_rate_warms_up_and_falls():
+    small = model.LanguageModel(train_pile.laptop_config("rebased", 256))
+    decayed, free = train_pile.make_optimizer(small, settings()).param_groups
+    assert {p.ndim for p in decayed["params"]} == {2} and 2 not in {p.ndim for p in free["params"]}
+    assert free["weight_decay"] == 0 and decayed["weight_decay"] == 0.1
+    assert sum(p.numel() for group in (decayed, free) for p in group["params"]) == 725_376
+    rates = [train_pile.learning_rate(step, settings(steps=100, warmup=10, lr=1.0)) for step in range(101)]
+    assert rates[:11] == [pytest.approx(min(1, (i + 1) / 10)) for i in range(11)]
+    assert rates[10:] == sorted(rates[10:], reverse=True) and rates[55] == pytest.approx(0.5) and rates[100] == 0
+
+
+# Training and checkpoints -------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of six steps: its folder, data, model and log."""
+    folder = tmp_path_factory.mktemp("trained")
+    data = tokens_of(folder, [make_data(folder)])
+    small, log = train_pile.train("rebased", settings(), data, folder / "run")
+    return SimpleNamespace(folder=folder, data=data, model=small, log=log, checkpoint=folder / "run" / "checkpoint.pt")
+
+
+def test_training_learns_and_a_model_for_evaluation_comes_back(trained):
+    assert trained.log[-1]["loss"] < 0.85 * trained.log[0]["loss"] and not trained.model.training
+    assert [record["step"] for record in trained.log] == list(range(6))
+
+
+def stop_at(step):
+    """A train_step that is interrupted when this step would begin."""
+    original = train_pile.train_step
+
+    def stop(ready, optimizer, data, chosen, number):
+        if number == step:
+            raise KeyboardInterrupt
+        return original(ready, optimizer, data, chosen, number)
+
+    return stop
+
+
+def test_a_stopped_run_continues_bit_for_bit_and_its_log_is_not_doubled(trained, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_pile, "train_step", stop_at(3))
+        train_pile.train("rebased", settings(), trained.data, tmp_path)
+    assert len(train_pile.load_checkpoint(tmp_path / "checkpoint.pt")["log"]) == 2
+    assert len(files.read_rows(tmp_path / "log.jsonl")) == 3  # one step more than the checkpoint knows
+    torch.rand(5)
+    _, log = train_pile.train("rebased", settings(), trained.data, tmp_path, resume=True)
+    assert [record["loss"] for record in log] == [record["loss"] for record in trained.log]
+    assert files.read_rows(tmp_path / "log.jsonl") == log
+    assert_same_run(tmp_path / "checkpoint.pt", trained.checkpoint)
+
+
+def assert_same_run(path, other):
+    """Weights and optimiser states of two checkpoints are equal bit for bit."""
+    a, b = train_pile.load_checkpoint(path), train_pile.load_checkpoint(other)
+    assert len(a["log"]) == len(b["log"]) and a["model"].keys() == b["model"].keys()
+    assert all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
+    for i, state in a["optimizer"]["state"].items():
+        assert all(torch.equal(value, b["optimizer"]["state"][i][name]) for name, value in state.items())
+
+
+def test_resume_refuses_another_run_and_finds_moved_data(trained, tmp_path):
+    folder = trained.checkpoint.parent
+    for changes in ({"lr": 1e-5}, {"seed": 1}, {"steps": 7}):
+        with pytest.raises(Refusal, match=next(iter(changes))):
+            train_pile.train("rebased", settings(**changes), trained.data, folder, resume=True)
+    with pytest.raises(Refusal, match="mixer = rebased, not based"):
+        train_pile.train("based", settings(), trained.data, folder, resume=True)
+    other = write(tmp_path / "other.jsonl", [{"text": text} for text in make_texts(70, 1)])
+    with pytest.raises(Refusal, match="other data"):
+        train_pile.train("rebased", settings(), tokens_of(tmp_path, [other]), folder, resume=True)
+    (tmp_path / "moved").mkdir()
+    same = tokens_of(tmp_path / "moved", [make_data(tmp_path / "moved")])
+    _, log = train_pile.train("rebased", settings(micro_batch=4), same, folder, resume=True)
+    assert len(log) == 6
+
+
+def test_a_checkpoint_that_is_none_is_named(trained, tmp_path):
+    with pytest.raises(Refusal, match="no such file"):
+        train_pile.load_checkpoint(tmp_path / "nowhere.pt")
+    files.save_tensors(tmp_path / "other.pt", {"state_of": "a saved state"})
+    with pytest.raises(Refusal, match="not a checkpoint of this program"):
+        train_pile.load_checkpoint(tmp_path / "other.pt")
+    flipped = bytearray(trained.checkpoint.read_bytes())
+    flipped[len(flipped) // 2] ^= 1
+    (tmp_path / "flipped.pt").write_bytes(flipped)
+    with pytest.raises(Refusal, match="damaged"):
+        train_pile.load_checkpoint(tmp_path / "flipped.pt")
+
+
+def test_a_loss_that_is_no_number_stops_before_the_update(trained):
+    small = train_pile.make_model("rebased", settings(), 256)
+    optimizer = train_pile.make_optimizer(small, settings())
+    with torch.no_grad():
+        small.embedding.weight.fill_(math.inf)
+    with pytest.raises(Refusal, match="step 3: loss nan"):
+        train_pile.train_step(small, optimizer, trained.data, settings(), 3)
+    assert not optimizer.state
+
+
+# Evaluation ---------------------------------------------------------------------------------------------------------
+def test_masks_equal_a_slow_count():
+    """The three masks against the definition, token by token; the pair (2, 3) is not rare here."""
+    row = np.random.default_rng(0).integers(0, 5, (3, 40))
+    masks = {name: train_pile.recall_mask(row, name, [2 * 2**32 + 3]) for name in train_pile.DEFINITIONS}
+    for b, x in enumerate(row.tolist()):
+        for t in range(40):
+            pair = x[t - 1 : t + 1]
+            bigram = t > 0 and pair in [x[i - 1 : i + 1] for i in range(1, t)]
+            assert masks["token"][b, t] == (x[t] in x[:t])
+            assert masks["bigram"][b, t] == bigram
+            assert masks["rare"][b, t] == (bigram and pair != [2, 3])
+
+
+def test_rare_depends_on_the_counts_of_training():
+    row = np.array([[1, 2, 3, 1, 2, 3, 2, 3]])
+    common = train_pile.common_bigrams(np.array([1, 2] * 1251))
+    assert train_pile.recall_mask(row, "bigram").tolist() == [[False] * 4 + [True, True, False, True]]
+    assert train_pile.recall_mask(row, "rare", common).tolist() == [[False] * 5 + [True, False, True]]
+    few = train_pile.common_bigrams(np.array([1, 2] * 1250))
+    assert train_pile.recall_mask(row, "rare", few).tolist() == train_pile.recall_mask(row, "bigram").tolist()
+    assert train_pile.recall_mask(row, "token").tolist() == [[False] * 3 + [True] * 5]
+
+
+def test_evaluation_equals_a_slow_count(trained):
+    """Every token alone: its own context, one forward pass, Python sums."""
+    chosen, data = settings(eval_tokens=500), trained.data
+    report = train_pile.evaluate(trained.model, data, chosen, train_pile.common_bigrams(data.train))
+    stream, docs = tokens.first_documents(data, chosen.eval_tokens)
+    stream, T, total = stream.tolist(), 32, len(stream) - 1
+    training = data.train.tobytes()
+    losses, ar, text_loss, num_bytes = [], {name: [] for name in train_pile.DEFINITIONS}, 0.0, 0
+    for t in range(1, total + 1):
+        starts = [start for start in range(0, total, T // 2) if start + T <= total and start + T >= t] or [total - T]
+        context, target = stream[starts[0] : t], stream[t]
+        with torch.no_grad():
+            logits = trained.model(torch.tensor([context]))[0, -1].double()
+        loss = (logits.exp().sum().log() - logits[target]).item()
+        losses.append(loss)
+        pairs = [(context[i], context[i + 1]) for i in range(len(context) - 1)]
+        ar["token"].append(target in context)
+        ar["bigram"].append((context[-1], target) in pairs)
+        pair = bytes((context[-1], target))
+        seen = sum(training[i : i + 2] == pair for i in range(len(training) - 1)) if ar["bigram"][-1] else 0
+        ar["rare"].append(ar["bigram"][-1] and seen <= train_pile.RARE)
+        if target != 0:
+            text_loss, num_bytes = text_loss + loss, num_bytes + 1
+    assert report["tokens"] == total and report["loss"] == pytest.approx(sum(losses) / total, rel=1e-5)
+    assert report["bytes"] == num_bytes
+    assert report["bits_per_byte"] == pytest.approx(text_loss / math.log(2) / num_bytes, rel=1e-5)
+    for name, flagged in ar.items():
+        assert report["slices"][name]["share"] == pytest.approx(sum(flagged) / total, abs=1e-12)
+        mine = [loss for loss, flag in zip(losses, flagged, strict=True) if flag]
+        assert report["slices"][name]["recall"] == pytest.approx(math.exp(sum(mine) / len(mine)), rel=1e-4)
+    assert sum(row["bytes"] for row in report["subsets"].values()) == num_bytes
+    for key in ("bits_per_byte", "zlib"):  # the whole is the mean of the subsets, weighted by their bytes
+        weighted = sum(row["bytes"] * row[key] for row in report["subsets"].values()) / num_bytes
+        assert weighted == pytest.approx(report[key], rel=1e-9)
+
+
+def test_a_uniform_model_needs_eight_bits_per_byte(trained):
+    uniform = train_pile.make_model("rebased", settings(), 256)
+    torch.nn.init.zeros_(uniform.embedding.weight)
+    report = train_pile.evaluate(uniform, trained.data, settings(), ())
+    assert f"{report['bits_per_byte']:.3f}" == "8.000" and f"{report['perplexity']:.2f}" == "256.00"
+    assert all(f"{row['bits_per_byte']:.3f}" == "8.000" for row in report["subsets"].values())
+    assert all(loss == pytest.approx(math.log(256), rel=1e-6) for _, loss in report["by_position"])
+
+
+def test_bits_per_byte_is_the_formula_of_the_pile():
+    losses = np.full(300, math.log(2))  # 300 tokens of one bit for 100 bytes: tokens / bytes · loss / ln 2
+    assert train_pile.bits_per_byte(losses, 100) == pytest.approx(300 / 100 * math.log(2) / math.log(2))
+
+
+def test_loss_by_position_reaches_beyond_training(trained):
+    stream, _ = tokens.first_documents(trained.data, 300)
+    found = train_pile.loss_by_position(trained.model, stream, 100)
+    assert [end for end, _ in found] == [16, 32, 64, 100]
+    with torch.no_grad():
+        rows = [stream[start : start + 101].astype(np.int64) for start in range(0, len(stream) - 100, 100)]
+        losses = torch.cat([train_pile.next_token_losses(trained.model, torch.tensor(row[None])) for row in rows])
+    assert found[3][1] == pytest.approx(losses[:, 64:].mean().item(), rel=1e-5)
+
+
+def test_a_sample_at_temperature_0_is_the_greedy_continuation(trained):
+    expected = [0, *"the pile 東".encode()]
+    for _ in range(20):
+        expected.append(trained.model(torch.tensor([expected]))[0, -1].argmax().item())
+        if expected[-1] == 0:
+            break
+    text = train_pile.sample(trained.model, tokens.Bytes(), "the pile 東", 20, temperature=0.0)
+    assert text == bytes(i for i in expected if i).decode("utf-8", "replace")
+
+
+# Tables -------------------------------------------------------------------------------------------------------------
+def test_a_curve_has_at_most_sixty_points():
+    for steps in (1, 6, 60, 61, 1000):
+        curve = pile_report.thin_curve([{"loss": float(step)} for step in range(steps)], 10)
+        assert 1 <= len(curve) <= 60 and curve[-1][0] <= 10 * steps
+    assert curve[0] == [170, 8.0]
+
+
+def test_the_table_says_who_is_not_at_zlib_and_prints_no_nan(trained, capsys):
+    row = train_pile.measure({"rebased": (trained.model, trained.log)}, settings(), trained.data)[0]
+    row["slices"]["rare"]["recall"] = None  # not one such token
+    row["zlib"] = row["bits_per_byte"] - 1
+    for cell in row["subsets"].values():
+        cell["zlib"] = cell["bits_per_byte"] - 1
+    low = row | {"mixer": "low", "bits_per_byte": row["zlib"] - 1}
+    low["subsets"] = {name: cell | {"bits_per_byte": cell["zlib"] - 1} for name, cell in row["subsets"].items()}
+    pile_report.print_tables([row, low])
+    pile_report.print_reading([row, low])
+    shown = capsys.readouterr().out
+    assert "Not yet at zlib: rebased." in shown and "nan" not in shown and "–" in shown
+    for line in shown.splitlines():
+        if line.startswith(("Github", "ArXiv", "Wikipedia")):
+            assert line.count(">") == 1
+
+
+# The command line ---------------------------------------------------------------------------------------------------
+def test_the_lesson_as_a_script(trained, tmp_path, capsys):
+    common = ["--data", trained.folder / "data.jsonl", "--tokens", trained.folder / "tokens", "--out", tmp_path,
+              "--mixers", "rebased", "--figure", tmp_path / "x.png", *flags(settings())]
+    run_script(*common)
+    shown = capsys.readouterr().out
+    assert "Github" in shown and "checks: " in shown and " 0 failed" in shown and "AR" in shown
+    assert_same_run(tmp_path / "rebased" / "checkpoint.pt", trained.checkpoint)
+    row = json.loads((tmp_path / "results.jsonl").read_text(encoding="utf-8"))
+    assert row["mixer"] == "rebased" and row["seed"] == 0 and row["parameters"] == 725_376 and row["hardware"]
+    with pytest.raises(SystemExit):
+        run_script(*common)  # would overwrite
+    assert "--resume" in capsys.readouterr().err
+    with files.claim(tmp_path), pytest.raises(SystemExit):
+        run_script(*common, "--resume")
+    assert f"another run is writing to {tmp_path}" in capsys.readouterr().err
+    run_script(*common, "--resume")  # finished: evaluates again
+    assert json.loads((tmp_path / "results.jsonl").read_text(encoding="utf-8"))["loss"] == row["loss"]
+
+
+def test_a_full_disk_is_one_line_and_the_last_checkpoint_is_intact(trained, tmp_path, capsys):
+    path = tmp_path / "rebased" / "checkpoint.pt"
+    small = train_pile.make_model("rebased", settings(), 256)
+    optimizer = train_pile.make_optimizer(small, settings())
+    log = [train_pile.train_step(small, optimizer, trained.data, settings(), 0)]
+    train_pile.save_checkpoint(path, small, optimizer, log, "rebased", settings(), trained.data)
+    before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, limits[1]))
+    try:
+        with pytest.raises(SystemExit) as stop:
+            run_script("--data", trained.folder / "data.jsonl", "--tokens", trained.folder / "tokens", "--resume",
+                       "--out", tmp_path, "--mixers", "rebased", "--figure", tmp_path / "x.png", *flags(settings()))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert stop.value.code == 2
+    last = capsys.readouterr().err.replace("\r", "\n").strip().splitlines()[-1]
+    assert "error: cannot write" in last and "File too large; the one before is intact" in last
+    assert path.read_bytes() == before and sorted(os.listdir(path.parent)) == ["checkpoint.pt", "log.jsonl"]
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--data", "nowhere"], "no such file"), (["--data", "folder"], "no .jsonl"),
+    (["--data", "x.parquet"], "convert it"),
+    (["--data", "empty.jsonl"], "not one document"), (["--data", "one.jsonl"], "no document fell into the validation"),
+    (["--data", "few.jsonl", "--set", "valid_share=0.5"], "too few"), 
+    (["--data", "few.jsonl", "--set", "valid_share=0.5", "seq_len=8", "--out", "x.parquet"], "cannot use"),
+    (["--set", "valid_share=2"], "valid_share must lie"), (["--set", "steps=0"], "steps must be at least 1"),
+    (["--set", "seq_len=100"], "no multiple"), (["--set", "lr=nan"], "lr and clip must be positive"),
+    (["--set", "tokenizer=bert"], "one of bytes"), (["--set", "step=3"], "no setting 'step'"),
+    (["--set", "model=large"], "one of laptop, paper"), (["--set", "weight_decay=nan"], "weight_decay must be at"),
+    (["--mixers", "mamba2"], "invalid choice"), (["--set", "seed=-1"], "seed"),
+    (["--device", "cuda:99"], "--device"), (["--device", "gpu"], "--device"),
+    (["--tokenizer-file", "one.jsonl", "--set", "tokenizer=gpt2"], "no tokenizer.json"),
+])
+def test_bad_input_is_one_clear_line(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    Path("empty.jsonl").touch()
+    Path("x.parquet").touch()
+    write(Path("one.jsonl"), [{"text": "only one"}])
+    write(Path("few.jsonl"), [{"text": text} for text in make_texts(5)])
+    if "--tokenizer-file" in arguments:
+        pytest.importorskip("tokenizers")
+    monkeypatch.setattr(lesson, "TALLY", {"passed": 0, "failed": 0})
+    with pytest.raises(SystemExit) as stop:
+        run_script(*arguments)
+    shown = capsys.readouterr().err
+    assert stop.value.code == 2 and "Traceback" not in shown
+    last = [line for line in shown.replace("\r", "\n").splitlines() if "error: " in line]
+    assert len(last) == 1 and message in last[0], shown
+
+
+def test_nothing_optional_is_imported_at_the_top_of_a_file():
+    for path in (PROGRAM, *(ROOT / "rebased").glob("*.py")):
+        for line in path.read_text(encoding="utf-8").splitlines():  # an import inside a function is indented
+            assert not line.startswith(("import", "from")) or not line.split()[1].startswith(
+                ("zstandard", "tiktoken", "tokenizers", "matplotlib")), f"{path.name}: {line}"
+
+
+# Kill, full stop and two processes ----------------------------------------------------------------------------------
+def command(folder, out, chosen, mixer="rebased"):
+    return [str(x) for x in (PROGRAM, "--data", folder / "data.jsonl", "--tokens", folder / "tokens", "--out", out,
+                             "--mixers", mixer, "--resume", "--figure", folder / "x.png", *flags(chosen))]
+
+
+def start(arguments, processes=1):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return subprocess.Popen([sys.executable, *(launcher if processes > 1 else []), *arguments],
+                            start_new_session=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
+                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def steps_logged(out, mixer="rebased"):
+    log = out / mixer / "log.jsonl"
+    return log.read_bytes().count(b"\n") if log.exists() else 0
+
+
+def kill_when(process, condition):
+    """kill -9 the process and its workers as soon as `condition()` holds; False if it ended before."""
+    while process.poll() is None and not condition():
+        time.sleep(0.0005)
+    alive = process.poll() is None
+    if alive:
+        workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text(encoding="utf-8").split()
+        for pid in (process.pid, *map(int, workers)):  # torchrun's workers would go on without it
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    process.wait()
+    return alive
+
+
+@pytest.mark.slow
+def test_kill_9_at_ten_random_moments_changes_nothing(tmp_path):
+    make_data(tmp_path)
+    chosen = settings(steps=44, save_every=1, eval_length=32)
+    assert start(command(tmp_path, tmp_path / "whole", chosen)).wait() == 0
+    seed = random.randrange(10**6)
+    print("seed", seed)
+    chooser, out, kills, torn = random.Random(seed), tmp_path / "killed", 0, 0
+    temporary = out / "rebased" / "checkpoint.pt.tmp"
+    for target in sorted(chooser.sample(range(1, 42), 10)):
+        process, delay = start(command(tmp_path, out, chosen)), chooser.uniform(0, 0.05)
+        if target % 2:  # a little after a step; else while a checkpoint is being written
+            kills += kill_when(process, lambda: steps_logged(out) >= target and not time.sleep(delay))  # noqa: B023
+        else:
+            kills += kill_when(process, lambda: steps_logged(out) >= target and temporary.exists())  # noqa: B023
+        torn += temporary.exists()
+    assert kills == 10
+    assert start(command(tmp_path, out, chosen)).wait() == 0
+    assert_same_run(out / "rebased" / "checkpoint.pt", tmp_path / "whole" / "rebased" / "checkpoint.pt")
+    log = files.read_rows(out / "rebased" / "log.jsonl")
+    assert [record["step"] for record in log] == list(range(44))
+    print(f"{torn} of 10 kills left a half-written checkpoint behind")
+
+
+LONGER = settings(steps=50, save_every=10, eval_length=32, lr=1e-3, warmup=20, seq_len=64, batch_tokens=512)
+
+
+def losses_logged(out, mixer):
+    return [row["loss"] for row in files.read_rows(out / mixer / "log.jsonl")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mixer", ["rebased", "based", "attention"])
+def test_two_processes_have_the_gradient_of_one(tmp_path, mixer):
+    """AdamW's average after one step is a tenth of the clipped gradient. Four micro-batches: no_sync has a part in it."""
+    make_data(tmp_path)
+    chosen = settings(steps=1, warmup=1, seq_len=64, batch_tokens=512, eval_length=32)
+    gradients = []
+    for name, processes in (("one", 1), ("two", 2)):
+        assert start(command(tmp_path, tmp_path / name, chosen, mixer), processes).wait() == 0
+        state = train_pile.load_checkpoint(tmp_path / name / mixer / "checkpoint.pt")["optimizer"]["state"]
+        gradients.append(torch.cat([moments["exp_avg"].flatten() for moments in state.values()]))
+    one, two = gradients
+    assert one.norm() > 0 and (two - one).norm() < 1e-5 * one.norm()
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_and_their_run_resumes_with_one(tmp_path):
+    """The mean loss of 50 steps lies within the spread of seeds: ReBased amplifies rounding, nothing else differs."""
+    make_data(tmp_path)
+    means = []
+    for seed in range(4):
+        chosen = pile_settings.Settings(**asdict(LONGER) | {"seed": seed})
+        assert start(command(tmp_path, tmp_path / f"seed {seed}", chosen)).wait() == 0
+        means.append(mean(losses_logged(tmp_path / f"seed {seed}", "rebased")))
+    one, two, mixed = (losses_logged(tmp_path / "seed 0", "rebased"), tmp_path / "two", tmp_path / "mixed")
+    assert start(command(tmp_path, two, LONGER), processes=2).wait() == 0
+    found = losses_logged(two, "rebased")
+    assert len(found) == len(one) == 50
+    assert found[:3] == pytest.approx(one[:3], rel=1e-5)
+    assert abs(mean(found) - mean(one)) < stdev(means)
+    differences = [abs(a - b) for a, b in zip(one, found, strict=True)]
+    print(f"mean loss {mean(one):.6f} and {mean(found):.6f}, spread of seeds {stdev(means):.4f}, a step differs by up to "
+          f"{max(differences):.1e}")
+    process = start(command(tmp_path, mixed, LONGER), processes=2)
+    assert kill_when(process, lambda: steps_logged(mixed) >= 25)
+    assert 20 <= len(train_pile.load_checkpoint(mixed / "rebased" / "checkpoint.pt")["log"]) < 50
+    assert start(command(tmp_path, mixed, LONGER)).wait() == 0
+    found = losses_logged(mixed, "rebased")
+    assert len(found) == 50 and abs(mean(found) - mean(one)) < stdev(means)
