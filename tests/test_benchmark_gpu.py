@@ -1,0 +1,127 @@
+"""The specification of experiments/benchmark_gpu.py: the floor, the verdicts, every part tried without a GPU."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+from experiments import benchmark_gpu as benchmark
+from rebased import files
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ["experiments/benchmark_gpu.py"]
+
+
+def start(*arguments, **environment):
+    """The benchmark as a command -> exit status, output."""
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_the_floor_is_the_sum_that_the_design_was_chosen_by():
+    """Segments of 512: .488 ns forward, .219 of it compute, and 1.12 backward; of 64: 1.156 and 1.784."""
+    for segment, forward, backward in ((512, 0.488, 1.123), (256, 0.545, 1.094), (64, 1.156, 1.784)):
+        found, both = benchmark.floor_ns(8192, segment=segment)
+        assert abs(found - forward) < 0.001 and abs(both - found - backward) < 0.03
+    for T in (256, 8192):
+        assert benchmark.floor_ns(T)[0] > 320 / 3.0e12 * 1e9  # inputs and outputs alone
+
+
+def test_errors_beyond_the_tolerance_and_nan_are_found():
+    right = {"o": 4e-3, "dq": 9e-3, "dk": 9e-3, "dv": 9e-3}
+    benchmark.TYPES["bfloat16 on paper"] = (torch.bfloat16, torch.bfloat16)
+    try:
+        assert benchmark.too_large(right, "bfloat16 on paper") == {}
+        assert benchmark.too_large(right | {"o": 6e-3}, "bfloat16 on paper") == {"o": 6e-3}
+        assert list(benchmark.too_large(right | {"dk": float("nan")}, "bfloat16 on paper")) == ["dk"]
+    finally:
+        del benchmark.TYPES["bfloat16 on paper"]
+
+
+def test_how_many_programs_share_a_multiprocessor():
+    assert benchmark.resident_programs(benchmark.Compiled(128, 0, 40_000, 8), 90) == 2  # by registers
+    assert benchmark.resident_programs(benchmark.Compiled(32, 0, 99_000, 4), 80) == 1  # by shared memory
+    assert benchmark.resident_programs(benchmark.Compiled(32, 0, 0, 4), 90) == 16  # by warps
+
+
+def test_other_launches_reach_the_kernels_and_only_inside():
+    gpu = benchmark.gpu
+    sizes = (16, 64, 160, torch.bfloat16, 512, False)
+    usual = gpu.compiler_arguments(gpu.key_kernel, *sizes)
+    with benchmark.launched_with(benchmark.VARIANTS["dk, dv: 32 queries, 128 regs"]):
+        assert gpu.compiler_arguments(gpu.key_kernel, *sizes) == usual | {"STEP": 32, "maxnreg": 128}
+        assert gpu.compiler_arguments(gpu.output_kernel, *sizes)["STEP"] == 64
+    assert gpu.compiler_arguments(gpu.key_kernel, *sizes) == usual
+
+
+def test_bad_input_is_refused_in_a_line_before_work(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        benchmark.main(["everything"])
+    assert stopped.value.code == 2 and "unknown part 'everything'; choose from compiled" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(benchmark.gpu.INTERPRETED, reason="once is enough")
+def test_without_triton_one_line():
+    code, text = start("-c", "import sys, runpy; sys.modules['triton'] = None; sys.argv[1:] = []; "
+                       "runpy.run_path('experiments/benchmark_gpu.py', run_name='__main__')")
+    assert code == 1 and text == benchmark.gpu.MISSING + "\n"
+
+
+@pytest.mark.skipif(not benchmark.CAN_RUN, reason="test_triton_kernels.py runs it in the interpreter")
+def test_the_clock_runs(tmp_path, monkeypatch, capsys):
+    """On a few tokens, in the interpreter too: a row of every form, other launches, the figure."""
+    monkeypatch.setattr(benchmark, "ROOT", tmp_path)
+    figure = tmp_path / "speed.png"
+    benchmark.main(["speed", "--lengths", "64", "--tokens", "64", "--variants", "--figure", str(figure)])
+    assert "checks: 0 passed, 0 failed" in capsys.readouterr().out
+    rows = files.read_rows(tmp_path / "runs" / "gpu_speed.jsonl", ("forward", "forward+backward", "commit"))
+    forms = {row["form"] for row in rows}
+    assert {"triton_kernels", "the same, q and k float32", "quadratic", "softmax, SDPA", *benchmark.VARIANTS} <= forms
+    assert all(row["forward"][0] > 0 and row["forward+backward"][0] > 0 for row in rows)
+    assert figure.stat().st_size > 1000
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(benchmark.gpu.INTERPRETED, reason="starts its own process")
+def test_all_parts_without_a_gpu(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("here they would run on the GPU")
+    code, text = start(*SCRIPT, "--figure", str(tmp_path / "speed.png"))
+    assert code == 0, text
+    for expected in ("ok      nothing spills", "ok      two programs fit", "The floor on an H100",
+                     "ok      equals the definition", "0 bad", "No GPU here: no times."):
+        assert expected in text, expected
+    assert "BAD" not in text
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(benchmark.gpu.INTERPRETED, reason="starts its own process")
+def test_the_kernels_spend_at_most_three_times_the_products_of_the_floor():
+    """FLOPs of tl.dot as the interpreter meets them, forward and backward, at T = 1,024."""
+    code = """
+import torch
+from triton.runtime.interpreter import interpreter_builder as builder
+from experiments import benchmark_gpu as b
+flops = []
+original = builder.create_dot
+def count(x, y, *rest):
+    flops.append(2 * x.data.shape[0] * x.data.shape[1] * y.data.shape[1])
+    return original(x, y, *rest)
+builder.create_dot = count
+*inputs, upstream = b.make_inputs(16, 1024, Dv=64)
+o = b.gpu.chunked_attention(*inputs, (0, 0, 1))
+forward = sum(flops)
+torch.autograd.grad(o, inputs, upstream)
+print(forward / 1024, (sum(flops) - forward) / 1024)
+"""
+    status, text = start("-c", code, TRITON_INTERPRET="1")
+    assert status == 0, text
+    found = [float(number) for number in text.split()]
+    for counted, (floor, _) in zip(found, benchmark.floor(1024), strict=True):
+        assert floor / 2 < counted < 3 * floor, (counted, floor)
