@@ -365,7 +365,8 @@ def backward_sweep(tensors, do, grads, past, R, coefficients, C, G):
 
 
 # In parts, few heads at a time
-GROUP = 1024  # tokens times heads of a group, a core: their features fit in its cache
+GROUP = 1024  # tokens times heads of a group, a core ...
+NUMBERS = 160 * 1024  # ... but no more than makes so many features: they fit in its cache
 TOGETHER = 16  # heads a core: heads do not meet, so some can wait, and a chunk of few enough stays in its cache
 
 
@@ -378,10 +379,10 @@ class Part(NamedTuple):
     G: int
 
 
-def parts(q, C):
+def parts(q, C, P):
     """q (N, T, D) cut into whole groups of G chunks, then the chunks left over, then the tokens left over."""
     N, T, _ = q.shape
-    tokens = 2**16 if q.is_cuda else GROUP * torch.get_num_threads()
+    tokens = 2**16 if q.is_cuda else min(GROUP, NUMBERS // P) * torch.get_num_threads()
     G = max(1, tokens // (N * C))
     in_groups = T - T % (G * C)
     in_chunks = T - T % C
@@ -418,16 +419,17 @@ class ChunkedAttention(torch.autograd.Function):
         N, T, D = q.shape
         o = torch.empty_like(v)
         inverse = torch.empty_like(v[..., :1])
+        P = count_features(coefficients, D)
         past = None
         chunks = math.ceil(T / C)
         if any(ctx.needs_input_grad) and (chunks > 1 or S is not None):
-            past = v.new_empty(chunks, N, count_features(coefficients, D), padded_width(v.shape[-1]))
+            past = v.new_empty(chunks, N, P, padded_width(v.shape[-1]))
             past[0] = 0
         tensors = q, k, v, o, inverse
         finals = []
         for heads in head_groups(N, q.device):
             state = None if S is None else S[heads].clone()
-            for part in parts(q[heads], C):
+            for part in parts(q[heads], C, P):
                 before = None if past is None else past[part.chunks, heads]
                 go_on = keep or part.times.stop < T
                 mine = cut(tensors, heads, part.times)
@@ -450,12 +452,13 @@ INSTEAD = "quadratic_attention of 02_linear_attention.py, which autograd follows
 def gradients(options, do, d_final, q, k, v, o, inverse, past):
     """dq, dk, dv, and dS of the initial state or None."""
     coefficients, C, started = options
+    P = count_features(coefficients, q.shape[-1])
     tensors = q, k, v, o, inverse
     grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     firsts = []
     for heads in head_groups(len(q), q.device):
         R = None if d_final is None else d_final[heads].clone()
-        for part in reversed(parts(q[heads], C)):
+        for part in reversed(parts(q[heads], C, P)):
             before = None if past is None else past[part.chunks, heads]
             mine = cut(tensors, heads, part.times)
             do_part = do[heads, part.times]
@@ -465,24 +468,26 @@ def gradients(options, do, d_final, q, k, v, o, inverse, past):
 
 
 # The chunk of least cost
-# A short chunk spends its time on states and on calls, a long one on weights that the mask throws away. Per token and
-# head, in FLOPs: 2C(D + V) inside and 4PV through the state. What is not a matrix product is charged at the ratio of
-# the two rates (an element-wise pass reaches about 1/20 of the FLOP rate of a product). More threads share all this,
-# but not the calls: two or three a chunk for the state. (Those of a group are the same for every C: a group is so many
-# tokens and heads that its features fit in a core's cache.)
-PASS = 20  # FLOPs that an element-wise step costs as much as
-STEP = 4e6  # FLOPs that the calls for one chunk cost as much as
+# A short chunk spends its time on states and on calls, a long one on weights that the mask throws away. What is not a
+# matrix product is charged as so many FLOPs as a product could do meanwhile; the three constants were fitted to timings
+# on one core. More threads share all this, but not the calls: two or three a chunk for the state. (The calls of a group
+# are the same for every C: a group is so many tokens and heads that its features fit in a core's cache.)
+PASS = 20  # FLOPs that one element-wise step on one number costs as much as
+MAKING = 9  # element-wise steps that a feature costs as much as, that of q and that of k together
+STEP = 2e6  # FLOPs that the calls for one chunk cost as much as
 
 
 def predicted_chunk_cost(C, N, T, D, V, P, threads):
     """FLOPs, or what takes as long, per token and head of the forward sweep."""
     chunks = math.ceil(T / C)
-    inside = C * (2 * (D + V) + 4 * PASS)
-    through_state = (4 * P * V + 3 * P * PASS) * (1 - 1 / chunks)
-    cost = (inside + through_state) / threads
-    if chunks > 1:
-        cost += STEP / (C * min(N, TOGETHER * threads))
-    return cost
+    inside = C * (2 * (D + V) + 4 * PASS)  # two products; scale, mask, square and floor
+    if chunks == 1:
+        return inside / threads  # no state, no features
+    making = 0 if P == D else MAKING * P * PASS  # P = D: the features were handed in
+    through_state = 4 * P * V * (1 - 1 / chunks)  # S is read by all chunks but the first, made of all but the last
+    states = 3 * P * V * PASS / C  # S is read, written and kept, once a chunk
+    calls = STEP / (C * min(N, TOGETHER * threads))
+    return (inside + making + through_state + states) / threads + calls
 
 
 def best_chunk(N, T, D, V, P, threads=None):
