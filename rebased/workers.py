@@ -71,7 +71,7 @@ def run_all(work, runs, steps_of, workers, keep):
                 number, steps, loss, accuracy = news.get()
                 done[number] = max(steps, done[number])
                 bar.set_postfix_str(f"loss {loss:.3f}, accuracy {accuracy:.2f}", refresh=False)
-            for future in finished:
+            for future in sorted(finished, key=waiting.get):
                 number = waiting.pop(future)
                 keep(runs[number], future.result())
                 done[number] = steps_of(runs[number])  # also a run that ended early
@@ -80,6 +80,7 @@ def run_all(work, runs, steps_of, workers, keep):
         pool.shutdown(wait=False, cancel_futures=True)
         for process in multiprocessing.active_children():
             process.terminate()
+            process.join()
         if isinstance(stop, BrokenProcessPool):
             raise lesson.Refusal(
                 "a worker died (out of memory?); what is finished is kept and the same command goes on; try --workers 1"
