@@ -368,7 +368,7 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_is_intact(trained, tmp_
     (["--data", "nowhere"], "no such file"), (["--data", "folder"], "no .jsonl"),
     (["--data", "x.parquet"], "convert it"),
     (["--data", "empty.jsonl"], "not one document"), (["--data", "one.jsonl"], "no document fell into the validation"),
-    (["--data", "few.jsonl", "--set", "valid_share=0.5"], "too few"), 
+    (["--data", "few.jsonl", "--set", "valid_share=0.5"], "too few"),
     (["--data", "few.jsonl", "--set", "valid_share=0.5", "seq_len=8", "--out", "x.parquet"], "cannot use"),
     (["--set", "valid_share=2"], "valid_share must lie"), (["--set", "steps=0"], "steps must be at least 1"),
     (["--set", "seq_len=100"], "no multiple"), (["--set", "lr=nan"], "lr and clip must be positive"),
@@ -469,7 +469,7 @@ def losses_logged(out, mixer):
 @pytest.mark.slow
 @pytest.mark.parametrize("mixer", ["rebased", "based", "attention"])
 def test_two_processes_have_the_gradient_of_one(tmp_path, mixer):
-    """AdamW's average after one step is a tenth of the clipped gradient. Four micro-batches: no_sync has a part in it."""
+    """AdamW's average after one step is a tenth of the clipped gradient. Four micro-batches: no_sync has its part."""
     make_data(tmp_path)
     chosen = settings(steps=1, warmup=1, seq_len=64, batch_tokens=512, eval_length=32)
     gradients = []
@@ -497,8 +497,8 @@ def test_two_processes_train_as_one_and_their_run_resumes_with_one(tmp_path):
     assert found[:3] == pytest.approx(one[:3], rel=1e-5)
     assert abs(mean(found) - mean(one)) < stdev(means)
     differences = [abs(a - b) for a, b in zip(one, found, strict=True)]
-    print(f"mean loss {mean(one):.6f} and {mean(found):.6f}, spread of seeds {stdev(means):.4f}, a step differs by up to "
-          f"{max(differences):.1e}")
+    print(f"mean loss {mean(one):.6f} and {mean(found):.6f}, spread of seeds {stdev(means):.4f}, "
+          f"a step differs by up to {max(differences):.1e}")
     process = start(command(tmp_path, mixed, LONGER), processes=2)
     assert kill_when(process, lambda: steps_logged(mixed) >= 25)
     assert 20 <= len(train_pile.load_checkpoint(mixed / "rebased" / "checkpoint.pt")["log"]) < 50
