@@ -6,15 +6,17 @@
   python -m experiments.benchmark_gpu correct              outputs, gradients, states against float64; moved bits
   python -m experiments.benchmark_gpu speed                ns a token and head, beside softmax and fla [2]
   python -m experiments.benchmark_gpu speed --variants     and with other launches of the same kernels
+  python -m experiments.benchmark_gpu step                 a training step of the paper's language models
 
 (A minute without a GPU; ten with one.) Rows go to runs/gpu_*.jsonl as soon as they are there, the figure to runs/.
-TRITON_INTERPRET=1 runs `correct` and `speed` on a CPU, at small sizes: slow, but the same code (--tokens 256).
+TRITON_INTERPRET=1 runs `correct`, `speed` and `step` on a CPU, at small sizes: slow, but the same code (--tokens 256).
 
 Letters as in rebased/triton_kernels.py. [1] Dao, FlashAttention-2, arXiv 2307.08691. [2] flash-linear-attention 0.6.0,
 github.com/fla-org/flash-linear-attention.
 """
 
 import argparse
+import dataclasses
 import functools
 import math
 import os
@@ -30,7 +32,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from rebased import files, kernels, lesson, linear_attention
+from rebased import files, kernels, lesson, linear_attention, model
 
 try:
     from rebased import triton_kernels as gpu
@@ -440,8 +442,9 @@ def measure(form, D, dtype, T, backward, tokens):
 
 def print_speed(lengths, tokens, variants, figure):
     """A line for each length and form, its row at once, the sentence that reads them, the figure."""
-    print("\nns a token and head, MiB above the inputs; bfloat16, D=16 (softmax 64), Dv=64\n")
-    print(f"{'T':>7}  {'form':28}{'forward':>9}{'MiB':>8}{'with backward':>15}{'MiB':>8}")
+    type_name = "bfloat16" if DEVICE == "cuda" else "float32, in the interpreter"
+    print(f"\nns a token and head, MiB above the inputs; {type_name}, D=16 (softmax 64), Dv=64\n")
+    print(f"{'T':>7}  {'form':30}{'forward':>9}{'MiB':>8}{'with backward':>15}{'MiB':>8}")
     forms = competitors()
     rows = {}
     for T in sorted(lengths, key=lambda T: abs(math.log(T / 8192))):  # the most telling length first
@@ -463,7 +466,7 @@ def timed_row(rows, name, form, D, dtype, T, tokens):
     forward, both = (measure(form, D, dtype, T, backward, tokens) for backward in (False, True))
     rows[name, T] = forward, both
     cells = [f"{x[0]:9.2f}{x[1]:8.0f}" if x else f"{'–':>9}{'–':>8}" for x in (forward, both)]
-    print(f"{T:7,}  {name:28}{cells[0]}{'':6}{cells[1]}", flush=True)
+    print(f"{T:7,}  {name:30}{cells[0]}{'':6}{cells[1]}", flush=True)
     write_row("speed", {"form": name, "T": T, "tokens": tokens, "forward": forward, "forward+backward": both,
                         "floor": floor_ns(T)})
     if DEVICE == "cuda":
@@ -527,8 +530,53 @@ def draw(rows, path):
     lesson.save_figure(figure, path, "Time per token and head, forward and backward, against the sequence length.")
 
 
+# A training step of the paper's language models, 147 M parameters, at T = 4,096 under autocast, as 05 trains them
+def print_step():
+    """Milliseconds and MiB of forward, backward and no update, for each mixer."""
+    print("\nA training step of the language models, forward and backward, bfloat16 under autocast\n")
+    print(f"{'mixer':12}{'parameters':>14}{'batch':>7}{'T':>7}{'ms':>9}{'tokens a second':>17}{'MiB':>9}")
+    for mixer in ("rebased", "based", "attention"):
+        row = time_step(mixer)
+        if row:
+            print(f"{mixer:12}{row['parameters']:14,}{row['batch']:7}{row['T']:7,}{row['ms']:9.1f}"
+                  f"{row['batch'] * row['T'] / row['ms'] * 1e3:17,.0f}{row['MiB']:9,.0f}", flush=True)
+            write_row("step", row)
+    print()
+
+
+def time_step(mixer):
+    """One row, or None after a line that says why. Without a GPU: the first and last layer, narrow, on 32 tokens."""
+    config = model.pile_config(mixer)
+    batch, T = 4, 4096
+    if DEVICE == "cpu":
+        ends = (config.mixers[0], config.mixers[-1])
+        config = dataclasses.replace(config, mixers=ends, vocab_size=256, d_model=32, heads=2, mlp=32)
+        batch, T = 1, 32
+    try:
+        torch.manual_seed(0)
+        lm = model.LanguageModel(config).to(DEVICE)
+        tokens = torch.randint(config.vocab_size, (batch, T + 1), device=DEVICE)
+
+        def call():
+            with torch.autocast(DEVICE, BF16, enabled=DEVICE == "cuda"):
+                logits = lm(tokens[:, :-1])
+            F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
+            lm.zero_grad()
+
+        call()
+        if DEVICE == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        ms = milliseconds(call)
+        peak = torch.cuda.max_memory_allocated() / 2**20 if DEVICE == "cuda" else 0
+        parameters = sum(p.numel() for p in lm.parameters())
+        return {"mixer": mixer, "parameters": parameters, "batch": batch, "T": T, "ms": ms, "MiB": peak}
+    except torch.OutOfMemoryError as error:
+        print(f"{mixer}: {str(error).partition(chr(10))[0]}")
+        return None
+
+
 # The command line
-PARTS = ("compiled", "predicted", "correct", "speed")
+PARTS = ("compiled", "predicted", "correct", "speed", "step")
 
 
 def in_the_interpreter():
@@ -556,6 +604,8 @@ def run(parts, options):
         print_speed(options.lengths, options.tokens, options.variants, options.figure)
     elif "speed" in parts:
         print("No GPU here: no times.\n")
+    if "step" in parts and CAN_RUN:
+        print_step()
     lesson.finish()
     if failed:
         raise SystemExit(1)
