@@ -112,13 +112,19 @@ def compile_for(
     source = triton.compiler.ASTSource(kernel, types, fixed, aligned)
     target = triton.backends.compiler.GPUTarget("cuda", capability, 32)
     made = triton.compile(source, target, options)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:  # cuobjdump, which comes with Triton, reads a file
-        file.write(made.asm["cubin"])
+    registers, stack = registers_and_stack(made.asm["cubin"])
+    return Compiled(registers, stack, made.metadata.shared, made.metadata.num_warps)
+
+
+def registers_and_stack(cubin):
+    """What cuobjdump, which comes with Triton, reads from a compiled kernel: registers and bytes of stack a thread."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
         file.flush()
         command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
-    return Compiled(int(registers), int(stack), made.metadata.shared, made.metadata.num_warps)
+    return int(registers), int(stack)
 
 
 @functools.cache
