@@ -16,6 +16,7 @@ github.com/fla-org/flash-linear-attention.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import math
@@ -237,10 +238,14 @@ def print_predicted():
 BF16 = torch.bfloat16
 FP16 = torch.float16
 FP32 = torch.float32
-TYPES = {"float32": (FP32, FP32), "float16": (FP16, FP16)}  # name: type of q and k, type of v and o
+TYPES = {  # name: type of q and k, type of v and o. Two types are what autocast makes in training
+    "float32": (FP32, FP32),
+    "float16": (FP16, FP16),
+    "float32, float16": (FP32, FP16),
+}
 TOLERANCE = {FP32: (1e-5, 1e-5), FP16: (2e-3, 2e-3), BF16: (5e-3, 1e-2)}  # of outputs, of gradients
 if not gpu.INTERPRETED:
-    TYPES |= {"bfloat16": (BF16, BF16), "float32, bfloat16": (FP32, BF16)}  # the last: autocast, in training
+    TYPES |= {"bfloat16": (BF16, BF16), "float32, bfloat16": (FP32, BF16)}
 
 
 def make_inputs(D, T, Dv=5, H=1, dtypes=(FP32, FP32)):
@@ -420,26 +425,28 @@ def milliseconds(call):
 def measure(form, D, dtype, T, backward, tokens):
     """(ns per token and head, MiB), or None, after a line that says why, where a form has no room or fails."""
     try:
-        shape = (max(1, tokens // T), 1, T)
-        half = BF16 if DEVICE == "cuda" else FP32
-        q, k = (torch.rand(*shape, D, device=DEVICE).to(dtype if DEVICE == "cuda" else FP32) for _ in "qk")
-        v = torch.rand(*shape, 64, device=DEVICE).to(half)
+        heads = max(1, tokens // T)
+        v_dtype = BF16
+        if DEVICE == "cpu":  # the interpreter multiplies bfloat16 wrongly
+            dtype = v_dtype = FP32
+        q = torch.rand(heads, 1, T, D, device=DEVICE).to(dtype).requires_grad_(backward)
+        k = torch.rand(heads, 1, T, D, device=DEVICE).to(dtype).requires_grad_(backward)
+        v = torch.rand(heads, 1, T, 64, device=DEVICE).to(v_dtype).requires_grad_(backward)
         upstream = torch.randn_like(v)
-        inputs = [x.requires_grad_(backward) for x in (q, k, v)]
+        inputs = [q, k, v]
 
         def call():
             o = form(*inputs)
             return torch.autograd.grad(o, inputs, upstream) if backward else o
 
-        before = 0
         peak = 0
         if DEVICE == "cuda":
-            before = torch.cuda.memory_allocated()
             call()  # compiles, fills caches
+            before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
             call()
             peak = torch.cuda.max_memory_allocated() - before
-        return milliseconds(call) * 1e6 / (shape[0] * T), peak / 2**20
+        return milliseconds(call) * 1e6 / (heads * T), peak / 2**20
     except Exception as error:  # of one form: the table goes on
         line = str(error).strip().partition("\n")[0]
         print(f"  {'with backward' if backward else 'forward'}: {type(error).__name__} {line[:100]}", flush=True)
@@ -501,23 +508,19 @@ VARIANTS = {
 }
 
 
-class launched_with:
+@contextlib.contextmanager
+def launched_with(changes):
     """Inside `with`, compiler_arguments differ for some kernels: {kernel's name: {argument: value}}."""
+    usual = gpu.compiler_arguments
 
-    def __init__(self, changes):
-        self.changes = changes
+    def changed(kernel, *sizes):
+        return usual(kernel, *sizes) | changes.get(kernel.fn.__name__, {})
 
-    def __enter__(self):
-        self.usual = gpu.compiler_arguments
-
-        def changed(kernel, *sizes):
-            name = kernel.fn.__name__
-            return {**self.usual(kernel, *sizes), **self.changes.get(name, {})}
-
-        gpu.compiler_arguments = changed
-
-    def __exit__(self, *error):
-        gpu.compiler_arguments = self.usual
+    gpu.compiler_arguments = changed
+    try:
+        yield
+    finally:
+        gpu.compiler_arguments = usual
 
 
 def draw(rows, path):

@@ -46,18 +46,19 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # as much as the k and v of 260 tokens in bfloat16. With a state every 64 tokens, states would be most of the traffic.
 # So a *segment* is long, and inside it the quadratic form runs in *tiles*, as in FlashAttention:
 #
-#                 keys of one segment of 512 ->
-#               +----+----+----+----+----+----+----+----+
-#     program 0 | \  | \  |                                 a program owns TILE = 128 queries and walks over the keys
-#               |  \ |  \ |                                 before them, STEP = 64 at a time; only the last two steps
-#               +----+----+----+----+                       need a mask (\)
-#     program 1 |    |    | \  | \  |
-#               |    |    |  \ |  \ |
-#               +----+----+----+----+----+----+
-#     program 2 |    |    |    |    | \  | \  |
-#               |    |    |    |    |  \ |  \ |             everything left of the segment is one product
-#               +----+----+----+----+----+----+----+----+   with the state, [TILE, P] x [P, DV]
-SEGMENT = 512  # states are then a quarter of all traffic; 1,024 would save little of it and double the tiles
+#     segments before        keys of this segment of 512, STEP = 64 at a time ->
+#     ...---------------+----+----+
+#                       |\   |    |                              program 0 owns TILE = 128 queries and walks over
+#        one product    | \__|    |                              the keys up to them; only the last two steps touch
+#        with the       |    |\   |                              the diagonal (\) and need a mask
+#        state:         |    | \__|
+#        [TILE, P] x    +----+----+----+----+
+#        [P, DV]        |    |    |\   |    |                    program 1
+#                       |    |    | \__|    |
+#                       |    |    |    |\   |
+#                       |    |    |    | \__|
+#     ...---------------+----+----+----+----+                    ... and programs 2 and 3
+SEGMENT = 512  # states are then a third of all bytes; 1,024 would halve that and nearly double the work in tiles
 TILE = 128  # queries (or keys) of a program: two of Hopper's warpgroups of 64 rows; the state is read once a tile
 STEP = 64  # what a program meets at a time: the weights [128, 64] take 32 registers a thread, of 255
 BLOCK_F = tl.constexpr(32)  # features at a time: φ [128, 32] takes 16 registers a thread
@@ -186,7 +187,7 @@ def features_backward_reference(x, dphi, table):
 # The backward pass needs the same sums the other way around, over the queries *after* a segment. REVERSE is the mirror
 # image: x, y are q, do instead of k, v; slot 0 holds the gradient of the final state; the last segment comes first.
 #
-# In memory a slot is S [P_PAD, DV], then z [P_PAD]. Features that are only padding are 0 in both.
+# In memory a slot is S [P_PAD, DV], then z [P_PAD]; in the mirror R, then r. Features that are padding are 0 in both.
 def count_slots(T, segment, edge, keep):
     """How many slots there are. edge: slot 0 holds something. keep: the sum of all segments is asked for."""
     segments = -(-T // segment)
@@ -202,7 +203,8 @@ def state_kernel(
     REVERSE: tl.constexpr,
 ):
     """A program sums BLOCK_F features over one segment of one head, and writes them into the segment's slot."""
-    # Only the first axis of a grid may exceed 65,535, so all counts share it. Offsets to a head need 64 bits.
+    # Only the first axis of a grid may exceed 65,535, so block, segment and head share it. A head may start beyond
+    # 2³¹ numbers: its offset has 64 bits.
     blocks = P_PAD // BLOCK_F
     block = tl.program_id(0) % blocks
     step = tl.program_id(0) // blocks % (slots - 1)
@@ -274,13 +276,15 @@ def scan_reference(states):
 # 4. The output: steps 1 to 3 of 02
 #
 # den sums the *rounded* weights, those that multiply v. Then the weights add up to 1 exactly, and o_0 is v_0. The sum
-# is a tl.dot as well, with 16 columns of ones, as 02 puts a column of ones into v.
+# is a tl.dot as well, with 16 columns of ones: the tensor cores add faster than a reduction over [TILE, STEP] would.
 #
-# What rounding takes from o. The backward pass subtracts δ_i = do_i·o_i from do_i·v_j and divides by den_i. In the
-# first rows of a sequence den can be 1e-6, and there the difference must almost vanish: after a single key, o_0 = v_0
-# and it is 0. With an o rounded to bfloat16, right to three digits, it is not 0, and 1/den makes noise of it. So this
-# kernel stores o for the model, and `rounding_error`, what rounding took from o, for the backward pass: their sum is o
-# to five digits. It costs a tenth of the traffic. Summing δ anew from all the weights would take as long as dq.
+# What rounding takes from o. The backward pass subtracts δ_i = do_i·o_i from do_i·v_j and divides by den_i. Where o is
+# close to v_j, as in the first rows of a sequence, which have few keys to choose from, the two nearly cancel, and den
+# can be 1e-6 there. An o rounded to bfloat16 is right to three digits: the difference would be noise, and 1/den would
+# make it large. So this kernel stores o for the model, and `rounding_error`, what rounding took from o, for the
+# backward pass: their sum is o to five digits. (With values that differ in their last bit only, dq is off by a factor
+# of 9 without it and by 2 % with it.) It costs a tenth of all bytes; to sum δ anew from all weights would take as long
+# as dq.
 @triton.jit
 def output_kernel(
     q, k, v, o, rounding_error, inv_den, table, states, scale, shift, floor, T, slots, first,
@@ -588,18 +592,21 @@ def launch_tiles(kernel, tensors, table, states, first, coefficients, segment):
 #
 # As custom operations, with a description of their outputs ("fake") and a gradient, they pass through torch.compile.
 # For the backward pass stay q, k, v, o, what rounding took from o, 1/den, and the states (81 bytes a token and head).
-def empty_outputs(q, k, v, initial, table, coefficients, segment, keep):
-    """Room for o, rounding_error, 1/den (N, T), states (N, slots, STATE), final state (N, STATE; N, 0 if not kept)."""
+def empty_states(q, v, table, edge, segment, keep):
+    """Room for states (N, slots, STATE) and for the sum of all segments (N, STATE; N, 0 if it is not kept)."""
     N, T, _ = q.shape
     state = table.shape[1] * (v.shape[2] + 1)
-    slots = count_slots(T, segment, initial is not None, keep)
-    return (
-        torch.empty_like(v),
-        torch.empty_like(v, dtype=torch.bfloat16),
-        q.new_empty(N, T, dtype=torch.float32),
-        q.new_empty(N, slots, state, dtype=torch.float32),
-        q.new_empty(N, state if keep else 0, dtype=torch.float32),
-    )
+    slots = count_slots(T, segment, edge is not None, keep)
+    states = q.new_empty(N, slots, state, dtype=torch.float32)
+    final = q.new_empty(N, state if keep else 0, dtype=torch.float32)
+    return states, final
+
+
+def empty_outputs(q, k, v, initial, table, coefficients, segment, keep):
+    """Room for o, rounding_error, 1/den (N, T), the states and the final one."""
+    rounding_error = torch.empty_like(v, dtype=torch.bfloat16)
+    inv_den = q.new_empty(q.shape[:2], dtype=torch.float32)
+    return torch.empty_like(v), rounding_error, inv_den, *empty_states(q, v, table, initial, segment, keep)
 
 
 @torch.library.custom_op("rebased::triton_forward", mutates_args=())
@@ -630,7 +637,9 @@ def backward(
     do = do.contiguous()
     dq = torch.empty_like(q)
     dk = torch.empty_like(k)
-    dv, _, delta, R, d_initial = empty_outputs(q, k, v, d_final, table, coefficients, segment, had_initial)
+    dv = torch.empty_like(v)
+    delta = torch.empty_like(inv_den)
+    R, d_initial = empty_states(q, v, table, d_final, segment, had_initial)
     first = 0 if had_initial else 1
     first_in_mirror = 1 if d_final is None else 0
     with torch.cuda.device_of(q):

@@ -75,15 +75,17 @@ def test_without_triton_one_line():
 
 @pytest.mark.skipif(not benchmark.CAN_RUN, reason="test_triton_kernels.py runs it in the interpreter")
 def test_the_clock_runs(tmp_path, monkeypatch, capsys):
-    """On a few tokens, in the interpreter too: a row of every form, the figure."""
+    """On a few tokens, in the interpreter too: a row of every form and of every training step, the figure."""
     monkeypatch.setattr(benchmark, "ROOT", tmp_path)
     figure = tmp_path / "speed.png"
-    benchmark.main(["speed", "--lengths", "64", "--tokens", "64", "--figure", str(figure)])
+    benchmark.main(["speed", "step", "--lengths", "64", "--tokens", "64", "--figure", str(figure)])
     assert "checks: 0 passed, 0 failed" in capsys.readouterr().out
     rows = files.read_rows(tmp_path / "runs" / "gpu_speed.jsonl", ("forward", "forward+backward", "commit"))
     forms = {row["form"] for row in rows}
     assert {"triton_kernels", "the same, q and k float32", "quadratic", "softmax, SDPA"} <= forms
     assert all(row["forward"][0] > 0 and row["forward+backward"][0] > 0 for row in rows)
+    steps = files.read_rows(tmp_path / "runs" / "gpu_step.jsonl", ("ms", "parameters"))
+    assert [row["mixer"] for row in steps] == ["rebased", "based", "attention"]
     assert figure.stat().st_size > 1000
 
 

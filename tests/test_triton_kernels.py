@@ -169,6 +169,13 @@ def test_the_scan_of_more_slots_and_numbers_than_a_program_takes_at_a_time():
 
 # All of them together: the definition
 @runs
+def test_gradients_come_in_the_types_of_the_inputs():
+    *inputs, upstream = inputs_of(4, 20, dtypes=(torch.float32, torch.float16))
+    o, *gradients = values_and_gradients(partial(gpu.chunked_attention, coefficients=BASED), inputs, upstream)
+    assert [x.dtype for x in (o, *gradients)] == [torch.float16, torch.float32, torch.float32, torch.float16]
+
+
+@runs
 @pytest.mark.parametrize("type_name", benchmark.TYPES)
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("T", [1, 31, 64, 65, pytest.param(600, marks=pytest.mark.slow)])
