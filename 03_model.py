@@ -77,9 +77,9 @@ def causal_conv3(u, weight, bias=None, last=None):
 # %% [markdown]
 # The smallest example has weights set by hand. Tokens are one-hot vectors, and the similarity is
 # the square of 01. Queries and values say which token stands at their place. Only the keys differ
-# from row to row: they say which token stands here (no convolution) or which one stands before it
-# (convolution with w₁ = 1, w₀ = w₂ = 0). In the text `a` is asked for twice; the table shows where
-# the last `a` looks.
+# from row to row of the table: they say which token stands here (no convolution), or which one
+# stands before it (convolution with w₁ = 1 and w₀ = w₂ = 0). A trained layer does both at once, in
+# different channels. In the text `a` is asked for twice; the table shows where the last `a` looks.
 
 # %%
 SYMBOLS = "ab78."
@@ -113,9 +113,9 @@ if __name__ == "__main__":
 # %% [markdown]
 # Without the convolution the query finds itself and its likes, and reads `a`. With it, it finds
 # what stands after an `a`: the `7`, but also the `.` that followed when `a` was asked for before. A
-# sum cannot help that, it treats all tokens alike. The *gate* can: a second linear map of the token
-# is multiplied to the sum. So a token decides whether it takes up what stands before it; here a
-# number does and a dot does not.
+# sum cannot help that, because it treats all tokens alike. A *gate* can: the sum is multiplied by a
+# linear map of the token itself. So a token decides whether it takes up what stands before it; here
+# a number does and a dot does not.
 
 # %%
 class ShortConv(nn.Module):
@@ -140,9 +140,9 @@ class ShortConv(nn.Module):
 # called alike: x is (B, T, d_model), `state` is what came before it, and with `return_state` the
 # state after x comes back beside y.
 #
-# The paper's language models have another gated convolution. It is twice as wide as the model, and
-# the gate is a SiLU. Nobody wrote that down; it is what their number of parameters leaves room for:
-# the projections have biases, the convolution has none.
+# The paper's language models have another gated convolution, twice as wide as the model and with a
+# SiLU at the gate. Which of its parts have biases is not written anywhere, but the published number
+# of parameters says it: the two projections do, the convolution does not.
 
 # %%
 class GatedConv(nn.Module):
@@ -168,12 +168,11 @@ class GatedConv(nn.Module):
 # ## Attention as a mixer
 #
 # Project x to queries, keys and values, split them into heads, attend, join the heads, project
-# again. Kernel attention has one step more: `prepare` of 01 comes before the split, because what
-# ReBased learns acts on all heads together.
+# again: that much is the same for softmax and for kernels.
 #
 # Sometimes a few places are enough: a loss that looks at 16 queries of 128 tokens, or a table of
-# where they look. For that, an attention can also write out n rows of its weights, and form the
-# output at these n places only (`at`). This part is the same for softmax and kernels.
+# where they look. For that, an attention can also write out n rows of its weights, and form its
+# output at these n places only (`at`).
 
 # %%
 def split_heads(x, heads):
@@ -211,7 +210,11 @@ class Attention(nn.Module):
         o = weights.to(v.dtype) @ v  # (B, H, n, Dv)
         return self.out(join_heads(o))
 
+# %% [markdown]
+# Kernel attention has one step more: `prepare` of 01 comes before the split into heads, because
+# what ReBased learns acts on all heads together. Then `attention` of 02 does the work.
 
+# %%
 class KernelAttention(Attention):
     """Based, ReBased and every other kernel of 01. [1, sections 3 and 4]
 
@@ -393,28 +396,13 @@ class Block(nn.Module):
 # no weights of its own, it multiplies with the embedding. `forward` gives logits at all places.
 # `logits_at` gives them at n places: the attention of the last layer, the norm and the head leave
 # out the others. A training step of 04, with 16 labels among 128 tokens, then takes half the time.
-#
-# How a model starts matters. With the paper's N(0, 0.02), one of four runs of 1,200 steps in 04 got
-# to an accuracy of .667 and the others learned nothing. "wide" is for such small models: linear
-# layers and convolution N(0, 1/inputs), so that signals keep their size; the embedding N(0, 0.1);
-# and a gate near 1, so that the first layer is a plain convolution until the gate has learned to
-# choose.
 
 # %%
-def initialise(module, init):
-    """Draw the parameters of one module. For `apply`, which visits the parts before the whole."""
-    wide = init == "wide"
-    if isinstance(module, nn.Embedding):
-        nn.init.normal_(module.weight, std=0.1 if wide else 0.02)
-    elif isinstance(module, nn.Linear):
-        nn.init.normal_(module.weight, std=module.in_features**-0.5 if wide else 0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-    elif isinstance(module, ShortConv) and wide:  # "paper": the convolution as PyTorch makes it
-        nn.init.normal_(module.conv.weight, std=3**-0.5)
-        nn.init.zeros_(module.conv.bias)
-        nn.init.normal_(module.gate.weight, std=0.02)
-        nn.init.ones_(module.gate.bias)
+class States(NamedTuple):
+    """What a model knows after `length` tokens: the state of each layer."""
+
+    layers: list
+    length: int
 
 
 class LanguageModel(nn.Module):
@@ -472,19 +460,19 @@ class LanguageModel(nn.Module):
         (B, H, n, T); ValueError if it has none.
         """
         check_positions(positions, tokens)
-        x = self.trunk(tokens)
         last = self.blocks[-1]
-        mixer = getattr(last, "mixer", None)
-        if isinstance(mixer, Attention):
-            y = mixer.at(last.norm1(x), positions)
+        attends = isinstance(last, Block) and isinstance(last.mixer, Attention)
+        if return_weights and not attends:
+            raise ValueError(f"a last layer {self.config.mixers[-1]!r} has no attention weights")
+        x = self.trunk(tokens)
+        if attends:
+            y = last.mixer.at(last.norm1(x), positions)  # (B, n, d_model)
             logits = self.head(last.second_line(rows(x, positions) + y))
         else:
             logits = self.head(rows(last(x), positions))
         if not return_weights:
             return logits
-        if not isinstance(mixer, Attention):
-            raise ValueError(f"a last layer {self.config.mixers[-1]!r} has no attention weights")
-        return logits, mixer.weights(last.norm1(x), positions)
+        return logits, last.mixer.weights(last.norm1(x), positions)
 
     def prefill(self, tokens, states=None):
         """Read tokens (B, T), after `states` -> logits (B, V) of the next token, and the States."""
@@ -501,12 +489,28 @@ class LanguageModel(nn.Module):
         """One token for each sequence: tokens (B,) -> logits (B, V) and the next States."""
         return self.prefill(tokens.unsqueeze(1), states)
 
+# %% [markdown]
+# How a model starts matters. With the paper's N(0, 0.02), one of four runs of 1,200 steps in 04 got
+# to an accuracy of .667 and the others learned nothing. "wide" is for such small models: linear
+# layers and convolution N(0, 1/inputs), so that signals keep their size; the embedding N(0, 0.1);
+# and a gate near 1, so that the first layer is a plain convolution until the gate has learned to
+# choose.
 
-class States(NamedTuple):
-    """What a model knows after `length` tokens: the state of each layer."""
-
-    layers: list
-    length: int
+# %%
+def initialise(module, init):
+    """Draw the parameters of one module. For `apply`, which visits the parts before the whole."""
+    wide = init == "wide"
+    if isinstance(module, nn.Embedding):
+        nn.init.normal_(module.weight, std=0.1 if wide else 0.02)
+    elif isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, std=module.in_features**-0.5 if wide else 0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, ShortConv) and wide:  # "paper": the convolution as PyTorch makes it
+        nn.init.normal_(module.conv.weight, std=3**-0.5)
+        nn.init.zeros_(module.conv.bias)
+        nn.init.normal_(module.gate.weight, std=0.02)
+        nn.init.ones_(module.gate.bias)
 
 # %% [markdown]
 # ## The models of 04 and 05

@@ -315,6 +315,28 @@ def test_starts_outlive_a_models_own():
 
 
 # In the model of 03
+@torch.no_grad()
+def test_blocks_are_put_together_as_written():
+    """x + Mamba(RMSNorm(x)); x + RWKV(LayerNorm(x)), then x + LayerNorm(x). Norms by hand, mixers by their loops."""
+
+    def layer_norm(x, norm):
+        centred = x - x.mean(-1, keepdim=True)
+        return centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight + norm.bias
+
+    torch.manual_seed(0)
+    config = model.ModelConfig(("mamba", "rwkv"), 20, 12, norm="layer", mlp=0)
+    x = torch.randn(2, 7, 12, dtype=torch.float64)
+    blocks = mamba.MambaBlock(config, 0).double(), rwkv.RWKVBlock(config, 1).double()
+    for block in blocks:
+        for parameter in block.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    first, second = blocks
+    normed = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * first.norm1.weight
+    torch.testing.assert_close(first(x), x + mamba.mamba_loop(first.mixer, normed))
+    y = x + rwkv.rwkv_loop(second.mixer, layer_norm(x, second.norm1))
+    torch.testing.assert_close(second(x), y + layer_norm(y, second.norm2))
+
+
 TOKENS = torch.randint(20, (2, 25), generator=torch.Generator().manual_seed(0))
 POSITIONS = torch.tensor([[3, 24, 0], [7, 8, 20]])
 
