@@ -127,3 +127,15 @@ print(forward / 1024, (sum(flops) - forward) / 1024)
     found = [float(number) for number in text.split()]
     for counted, (floor, _) in zip(found, benchmark.floor(1024), strict=True):
         assert floor / 2 < counted < 3 * floor, (counted, floor)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(benchmark.gpu.INTERPRETED, reason="starts its own processes")
+def test_the_first_hour_is_rehearsed_without_a_gpu(tmp_path):
+    environment = {"SMALL": "1", "FOLDER": str(tmp_path), "PYTHON": sys.executable}
+    command = ["bash", "experiments/gpu_first_hour.sh"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
+    steps = (tmp_path / "steps.txt").read_text(encoding="utf-8").splitlines()
+    assert [step.split(":")[0] for step in steps] == ["machine", "correct", "speed", "step", "cell"], done.stdout
+    assert all("ended with 0" in step for step in steps), done.stdout
+    assert len(files.read_rows(tmp_path / "mqar_cell.jsonl")) >= 3

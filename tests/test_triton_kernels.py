@@ -700,3 +700,17 @@ def test_every_card_and_size_binds_compiles_and_fits(record, capability, T, D, D
     ]
     for name, *_, stack in launches:
         assert stack == 0 or (D, Dv) != (16, 64), (name, stack)
+
+
+@compiles
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", benchmark.VARIANTS)
+def test_other_launches_compile(record, variant):
+    with benchmark.launched_with(benchmark.VARIANTS[variant]):
+        launches = record(90, 2048)
+    changed = [metadata for name, _, _, metadata, *_ in launches if name in benchmark.VARIANTS[variant]]
+    for metadata in changed:
+        for option in ("maxnreg", "num_stages"):
+            wanted = [changes[option] for changes in benchmark.VARIANTS[variant].values() if option in changes]
+            assert not wanted or getattr(metadata, option) == wanted[0]
+    assert changed
