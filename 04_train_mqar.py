@@ -1,4 +1,4 @@
-"""04 · Associative recall: train at 128 tokens, test at 8,192, take the floor out of a trained model
+"""04 · Associative recall: trained at 128 tokens, tested at 8,192, with a floor and without it
 
 Aim: train one small model with three attentions on a task that needs recall and nothing else; see
 on longer contexts what a floor of ½ costs, and that one assignment to a trained model repairs it.
@@ -183,8 +183,8 @@ if __name__ == "__main__":
 #
 # Everything that decides how a run ends stands in one place. The learning rates were chosen by a
 # search on seeds that are not reported (100 and 101; `experiments/mqar.py --preset ladder`).
-# Softmax finds the solution late and all at once, and at times not at all if it starts at full
-# speed. So it gets more steps, and the first 100 of them to warm up.
+# Softmax finds the solution late and all at once: so it gets more steps, and the first 100 of them
+# to warm up.
 
 # %%
 LEARNING_RATES = {"conv_attention": 0.003, "rebased": 0.01, "based": 0.003}  # the first is softmax
@@ -499,7 +499,8 @@ def planned_runs(options):
             steps = options.steps or STEPS.get(mixer, USUAL_STEPS)
             warmup = 100 if mixer in STEPS else 0
             lengths = tuple(options.lengths)
-            runs.append(Run(mixer, seed, rate, steps, warmup, test_lengths=lengths))
+            run = train_mqar.Run(mixer, seed, rate, steps, warmup, test_lengths=lengths)
+            runs.append(run)  # of train_mqar: other processes know no cells of a notebook
     return runs
 
 
@@ -623,12 +624,14 @@ STYLES = [  # at most seven lines: more cannot be told apart
 def draw_panel(axis, lines, lengths, placement, measure):
     """One line each, its name at its end; the marks of a length stand beside each other."""
     ends = []
-    shown = zip(lines.items(), STYLES, strict=False)
-    for i, ((title, results), (color, dashes, marker)) in enumerate(shown):
+    for i, (title, results) in enumerate(lines.items()):
+        color, dashes, marker = STYLES[i % len(STYLES)]
         places = [T * 1.08 ** (i - len(lines) / 2) for T in lengths]
         seeds = [values_of(results, T, placement, measure) for T in lengths]
         means = [mean(values) for values in seeds]
-        axis.vlines(places, list(map(min, seeds)), list(map(max, seeds)), color=color, linewidth=1)
+        lowest = [min(values) for values in seeds]
+        highest = [max(values) for values in seeds]
+        axis.vlines(places, lowest, highest, color=color, linewidth=1)
         axis.plot(places, means, dashes, marker=marker, markersize=4, color=color)
         ends.append((title, means[-1], color))
     axis.set(xscale="log", ylim=(-0.04, 1.04))
