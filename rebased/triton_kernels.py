@@ -136,6 +136,11 @@ def features_reference(x, table):
 # carry the gradient back, since d(c x_a x_b) = c x_b dx_a + c x_a dx_b:
 #
 #     φ(x) = c · (x A) · (x B)              dx = (dφ · c · (x B)) Aᵀ + (dφ · c · (x A)) Bᵀ
+#
+# For the a of the table above, with the constexpr ONES for what a one-hot column cannot give:
+#
+#     A = 0  1  0  1  1  0                  x A = [0, x₀, x₁, x₀, x₀, x₁], and ONES adds 1 where a is −1
+#         0  0  1  0  0  1
 @triton.jit
 def factors(x, table, f, P_PAD: tl.constexpr, BLOCK_D: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
             ONES: tl.constexpr):
