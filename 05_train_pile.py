@@ -54,11 +54,10 @@ from rebased.lesson import Refusal
 from rebased.tokens import (
     first_documents,
     identity,
-    kinds_of_tokens,
     load_data,
     make_vocabulary,
     print_subsets,
-    zlib_bits,
+    subsets_of,
 )
 
 # %% [markdown]
@@ -132,9 +131,9 @@ if __name__ == "__main__":
 # ## The order of the data is a formula
 #
 # A training sequence is T tokens and the one after them, for every token is to predict the next.
-# Cut the row into N sequences. In which order? Their own would show a model one topic for hours. A
-# shuffled list of all sequences would have to be stored (for the Pile some hundred million numbers)
-# or made again at every start, and a checkpoint would have to say how far one is in it.
+# Cut the row into N sequences. In which order? Their own order would show a model one topic for
+# hours. A shuffled list of all sequences would have to be stored (for the Pile some hundred million
+# numbers) or made again at every start, and a checkpoint would have to say how far one is in it.
 #
 # A formula needs neither. For whole numbers a and N without a common divisor, $(a \cdot n + b)
 # \bmod N$ takes every value below N exactly once as n goes from 0 to N − 1. With a near N/1.618
@@ -143,11 +142,11 @@ if __name__ == "__main__":
 
 # %%
 def sequence_start(n, num_tokens, T, seed):
-    """Where sequence n of a run begins in a row of tokens. Raises Refusal if the row is too short."""
-    N = num_tokens // T - 1  # one less than fit: room for the shift c, and for the token after the last
+    """Where sequence n of a run begins in the row. Raises Refusal if the row is too short."""
+    N = num_tokens // T - 1  # one less than fit: room for the shift c and the token after the last
     if N < 1:
         raise Refusal(f"{num_tokens:,} tokens are too few for sequences of {T}; lower seq_len")
-    epoch, i = divmod(n, N)
+    epoch, i = divmod(n, N)  # sequence i of this pass
     a = max(1, int(N * (math.sqrt(5) - 1) / 2))
     while math.gcd(a, N) > 1:
         a += 1
@@ -165,7 +164,7 @@ def show_the_order(text="here every character is a token of the row", T=8):
         first = sequence_start(n, len(text), T, seed=0)
         sequence = text[first : first + T]
         following = text[first + 1 : first + T + 1]
-        print(f"pass {n // N}, sequence {n}: from token {first:2}, {sequence!r} predicts {following!r}")
+        print(f"pass {n // N}, sequence {n}: token {first:2}, {sequence!r} predicts {following!r}")
     print()
 
 
@@ -249,7 +248,7 @@ if __name__ == "__main__":
 def make_optimizer(model, settings):
     """AdamW with decay on matrices only."""
     matrices = [p for p in model.parameters() if p.ndim == 2]
-    vectors = [p for p in model.parameters() if p.ndim != 2]  # and the weights of a convolution, (d, 1, 3)
+    vectors = [p for p in model.parameters() if p.ndim != 2]  # and convolutions, (d, 1, 3)
     groups = [
         {"params": matrices, "weight_decay": settings.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
@@ -291,12 +290,16 @@ def next_token_losses(model, tokens):
         logits = model(tokens[:, :-1])  # (B, T, V)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     following = tokens[:, 1:]  # (B, T)
-    losses = F.cross_entropy(logits.flatten(0, 1), following.flatten(), reduction="none")  # (B · T,)
+    # Flat, because over the middle of three dimensions PyTorch takes nearly three times as long.
+    losses = F.cross_entropy(logits.flatten(0, 1), following.flatten(), reduction="none")
     return losses.view_as(following)
 
 
 def add_gradients(model, parts):
-    """Leave the gradient of the mean loss over these micro-batches in the parameters; returns that loss."""
+    """Leave the gradient of the mean loss over these micro-batches in the parameters.
+
+    Returns that loss.
+    """
     sequences = sum(len(part) for part in parts)
     total = 0.0
     for i, part in enumerate(parts):
@@ -310,7 +313,7 @@ def add_gradients(model, parts):
 
 
 def check_accumulated_gradients_are_those_of_the_batch():
-    """In micro-batches of 1, 3 and 4 of 4 sequences: the gradient of the mean over all, within 1e-9."""
+    """Four sequences in micro-batches of 1, 3 and 4: the gradient of the mean, within 1e-9."""
     torch.manual_seed(0)
     model = models.LanguageModel(laptop_config("rebased", 256)).double()
     batch = torch.randint(256, (4, 33))
@@ -335,10 +338,10 @@ if __name__ == "__main__":
 # the last needs to do that; `no_sync` holds it back in the others.
 #
 # Are two processes one? Up to rounding: a sum in another order differs by about 1e-7. In Based and
-# softmax the loss still agrees to 1e-6 after 50 steps. ReBased makes 1e-3 of such a difference
-# within them, because the gradient of a nearly vanishing normaliser is large. So two such runs
-# agree in their first steps and in their statistics, not in every digit. The tests hold the
-# gradient of the first step to 1e-5, and the mean loss of 50 steps to the spread of seeds.
+# softmax the loss still agrees to 1e-6 after 50 steps. In ReBased it differs by 1e-3 after 25,
+# because the gradient of a nearly vanishing normaliser is large. So two such runs agree in their
+# first steps and in their statistics, not in every digit. The tests hold the gradient of the first
+# step to 1e-5, and the mean loss of 50 steps to the spread of seeds.
 
 # %%
 def make_ready(model, settings):
@@ -358,7 +361,7 @@ def make_ready(model, settings):
 
 # %%
 def train_step(model, optimizer, data, settings, step):
-    """The update with this number. Returns its record: loss of the batch, norm of the gradient, ..."""
+    """The update with this number. Returns its record, which becomes a line of the log."""
     begin = time.perf_counter()
     lr = learning_rate(step, settings)
     for group in optimizer.param_groups:
@@ -416,13 +419,13 @@ def load_checkpoint(path):
 
 
 def restore(path, model, optimizer, mixer, settings, data):
-    """Put a checkpoint back; returns the records of its steps. Raises Refusal if it belongs to another run."""
+    """Put a checkpoint back; returns the records of its steps. Raises Refusal for another run's."""
     found = load_checkpoint(path)
     old = found["settings"] | {"mixer": found["mixer"]}
     new = asdict(settings) | {"mixer": mixer}
     name = pile_settings.differing_setting(old, new)
     if name:
-        raise Refusal(f"{path} has {name} = {old.get(name)}, not {new[name]}; --resume changes nothing")
+        raise Refusal(f"{path} has {name} = {old.get(name)}, not {new[name]}; --resume keeps it")
     if found["data"] != [data.manifest["sources"], data.manifest["sizes"]]:
         raise Refusal(f"{path} was trained on other data; give the same --data, or another --out")
     model.load_state_dict(found["model"])
@@ -438,7 +441,7 @@ def restore(path, model, optimizer, mixer, settings, data):
 
 # %%
 def train(mixer, settings, data, folder, device="cpu", resume=False):
-    """Train one model, or what is left of it. Returns the model and a record for each step. Raises Refusal."""
+    """Train one model, or what is left of it. Returns the model and a record for each step."""
     path = folder / "checkpoint.pt"
     model = make_model(mixer, settings, data.vocabulary.size, device)
     optimizer = make_optimizer(model, settings)
@@ -486,6 +489,8 @@ def train_all(options, settings, data, out, device):
 if __name__ == "__main__":
     out = options.out or Path("runs") / "pile"
     trained = lesson.obey(lambda: train_all(options, settings, data, out, device), GO_ON)
+    if WORLD > 1:
+        dist.destroy_process_group()
     if RANK > 0:
         sys.exit()  # these have done their part; the first process measures
 
@@ -698,19 +703,15 @@ def loss_by_position(model, stream, length):
         context = torch.from_numpy(stream[begin : begin + length + 1].astype(np.int64))
         total += next_token_losses(model, context.unsqueeze(0))[0].double().cpu().numpy()
         contexts += 1
-    found = []
-    first = 0
-    for end in [2**n for n in range(4, 40) if 2**n < length] + [length]:
-        found.append([end, float(total[first:end].mean() / contexts)])
-        first = end
-    return found
+    ends = [2**n for n in range(4, 40) if 2**n < length] + [length]
+    parts = np.split(total / contexts, ends[:-1])
+    return [[end, float(part.mean())] for end, part in zip(ends, parts, strict=True)]
 
 
 def evaluate(model, data, settings, common):
-    """All numbers of one model, as plain types. Raises Refusal where there is no validation text."""
+    """All numbers of one model, as plain types."""
     stream, docs = first_documents(data, settings.eval_tokens)
     losses, masks = score(model, stream, settings.seq_len, common)
-    subset, is_text = kinds_of_tokens(docs)
     slices = {}
     for name, mask in masks.items():
         slices[name] = {
@@ -719,21 +720,13 @@ def evaluate(model, data, settings, common):
             "other": perplexity(losses[~mask]),
         }
     subsets = {}
-    for i in np.unique(subset).tolist():
-        mine = docs[docs[:, 3] == i]
-        subsets[data.manifest["names"][i]] = {
-            "bytes": int(mine[:, 2].sum()),
-            "bits_per_byte": bits_per_byte(losses[is_text & (subset == i)], int(mine[:, 2].sum())),
-            "zlib": zlib_bits(data, mine),
-            "perplexity": perplexity(losses[subset == i]),
-        }
-    return {
+    for name, is_text, num_bytes, zlib in subsets_of(docs, data):  # is_text: a mask of its tokens
+        bits = bits_per_byte(losses[is_text], num_bytes)
+        subsets[name] = {"bytes": num_bytes, "bits_per_byte": bits, "zlib": zlib}
+    return subsets.pop("all") | {
         "loss": float(losses.mean()),
         "perplexity": perplexity(losses),
-        "bits_per_byte": bits_per_byte(losses[is_text], docs[:, 2].sum()),
-        "zlib": sum(row["zlib"] * row["bytes"] for row in subsets.values()) / int(docs[:, 2].sum()),
         "tokens": len(losses),
-        "bytes": int(docs[:, 2].sum()),
         "slices": slices,
         "subsets": subsets,
         "by_position": loss_by_position(model, stream, settings.eval_length),
@@ -745,15 +738,9 @@ def measure(trained, settings, data):
     rows = []
     common = common_bigrams(data.train)
     for mixer, (model, log) in trained.items():
-        row = {
-            "mixer": mixer,
-            "parameters": models.count_parameters(model.config),
-            "tokens_per_s": float(np.median([record["tokens_per_s"] for record in log])),
-            "seed": settings.seed,
-            "settings": asdict(settings),
-            "config": asdict(model.config),
-            "curve": pile_report.thin_curve(log, settings.batch_tokens),
-        }
+        row = {"mixer": mixer, "parameters": models.count_parameters(model.config)}
+        row |= {"seed": settings.seed, "settings": asdict(settings), "config": asdict(model.config)}
+        row |= pile_report.summary(log, settings.batch_tokens)
         rows.append(row | evaluate(model, data, settings, common))
     return rows
 
@@ -777,12 +764,7 @@ if __name__ == "__main__":
 
 # %%
 if __name__ == "__main__":
-    if device.type == "cuda":
-        source["hardware"] = torch.cuda.get_device_name(device)
-    source["python"] = ".".join(str(part) for part in sys.version_info[:3])
-    source["minutes"] = round((time.perf_counter() - started) / 60, 1)
-    source["processes"] = WORLD
-    source["threads"] = torch.get_num_threads()
+    source |= pile_settings.about_run(device, WORLD, time.perf_counter() - started)
     rows = [source | row for row in rows]
     lesson.obey(lambda: files.write_rows(out / "results.jsonl", rows), GO_ON)
     print(f"rows: {out / 'results.jsonl'}")

@@ -1,6 +1,7 @@
 """Tables and the figure of 05, from rows alone: dictionaries as its run writes them, one for each model."""
 
 import math
+from statistics import median
 
 from rebased import lesson
 
@@ -8,14 +9,17 @@ STYLES = [("black", ":"), ("tab:blue", "-"), ("tab:red", "--"), ("tab:orange", "
           ("tab:purple", "--"), ("tab:gray", "-.")]  # told apart by their dashes where there is no colour
 
 
-def thin_curve(log, batch_tokens, points=60):
-    """The training curve in at most so many points [tokens seen, mean loss since the point before]."""
+def summary(log, batch_tokens, points=60):
+    """What a row keeps of the log: the median speed, and the training curve in at most so many points.
+
+    A point is [tokens seen, mean loss since the point before].
+    """
     every = math.ceil(len(log) / points)
     curve = []
     for end in range(every, len(log) + 1, every):
         losses = [record["loss"] for record in log[end - every : end]]
         curve.append([end * batch_tokens, sum(losses) / every])
-    return curve
+    return {"tokens_per_s": median(record["tokens_per_s"] for record in log), "curve": curve}
 
 
 # Tables

@@ -312,12 +312,23 @@ def first_documents(data, limit):
     return np.append([data.vocabulary.separator], data.valid[:end]), docs
 
 
-def kinds_of_tokens(docs):
-    """Of every token after the first of those: the number of its subset, and whether it is text or ends a document."""
-    subset = np.repeat(docs[:, 3], docs[:, 1] + 1)
+def subsets_of(docs, data):
+    """Yields (name, is_text, bytes, zlib's bits per byte) for each subset among these documents, at last for "all".
+
+    is_text (n,) bool: which tokens of the documents are text of this subset. The ends of documents are no text.
+    """
+    subset = np.repeat(docs[:, 3], docs[:, 1] + 1)  # of every token
     is_text = np.ones(len(subset), dtype=bool)
     is_text[docs[:, 0] + docs[:, 1]] = False
-    return subset, is_text
+    compressed = 0.0
+    for i in np.unique(subset).tolist():
+        mine = docs[docs[:, 3] == i]
+        num_bytes = int(mine[:, 2].sum())
+        bits = zlib_bits(data, mine) or 0.0
+        compressed += bits * num_bytes
+        yield data.manifest["names"][i], is_text & (subset == i), num_bytes, bits
+    num_bytes = int(docs[:, 2].sum())
+    yield "all", is_text, num_bytes, compressed / max(1, num_bytes)
 
 
 # What the tokens hold
@@ -327,8 +338,8 @@ def zlib_bits(data, rows):
     zlib knows nothing of language; it replaces what occurred in the 32 KB before. So it is the mark for a model.
     """
     texts = [data.vocabulary.decode(data.valid[start : start + n].tolist()) for start, n, _, _ in rows.tolist()]
-    text = "\n".join(texts).encode("utf-8")
-    return 8 * len(zlib.compress(text, 9)) / len(text) if text else None
+    num_bytes = int(rows[:, 2].sum())
+    return 8 * len(zlib.compress("\n".join(texts).encode("utf-8"), 9)) / num_bytes if num_bytes else None
 
 
 def print_subsets(data):

@@ -279,6 +279,13 @@ def test_bits_per_byte_is_the_formula_of_the_pile():
     assert train_pile.bits_per_byte(losses, 100) == pytest.approx(300 / 100 * math.log(2) / math.log(2))
 
 
+def test_a_subset_without_a_byte_is_no_error(trained, tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"text": "\0" * n, "meta": {"pile_set_name": "Zeros"}} for n in range(1, 40)])
+    data = tokens_of(tmp_path, [path])
+    report = train_pile.evaluate(trained.model, data, settings(), ())
+    assert report["bytes"] == 0 and report["subsets"]["Zeros"]["zlib"] == 0.0 == report["zlib"]
+
+
 def test_loss_by_position_reaches_beyond_training(trained):
     stream, _ = tokens.first_documents(trained.data, 300)
     found = train_pile.loss_by_position(trained.model, stream, 100)
@@ -302,7 +309,8 @@ def test_a_sample_at_temperature_0_is_the_greedy_continuation(trained):
 # Tables -------------------------------------------------------------------------------------------------------------
 def test_a_curve_has_at_most_sixty_points():
     for steps in (1, 6, 60, 61, 1000):
-        curve = pile_report.thin_curve([{"loss": float(step)} for step in range(steps)], 10)
+        log = [{"loss": float(step), "tokens_per_s": 7.0} for step in range(steps)]
+        curve = pile_report.summary(log, 10)["curve"]
         assert 1 <= len(curve) <= 60 and curve[-1][0] <= 10 * steps
     assert curve[0] == [170, 8.0]
 

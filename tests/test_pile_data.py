@@ -431,16 +431,20 @@ def test_the_table_counts_what_the_files_hold(tmp_path, capsys):
     assert "not used: 1 × not JSON, 3 × zero bytes" in shown
 
 
-def test_kinds_of_tokens_say_whose_each_token_is(tmp_path):
+def test_subsets_say_whose_each_token_is(tmp_path):
     data = tokens_of(tmp_path, [make_data(tmp_path)])
     stream, docs = tokens.first_documents(data, 300)
-    subset, is_text = tokens.kinds_of_tokens(docs)
-    assert len(stream) == len(subset) + 1 == len(is_text) + 1 and stream[0] == 0
-    assert is_text.tolist() == (stream[1:] != 0).tolist()
-    at = 0
-    for _, length, _, name in docs.tolist():
-        assert set(subset[at : at + length + 1].tolist()) == {name}
-        at += length + 1
+    assert stream[0] == 0 and len(stream) == docs[:, 1].sum() + len(docs) + 1
+    *subsets, (name, is_text, num_bytes, bits) = tokens.subsets_of(docs, data)
+    assert name == "all" and is_text.tolist() == (stream[1:] != 0).tolist() and num_bytes == is_text.sum()
+    assert num_bytes == sum(row[2] for row in subsets) and min(row[3] for row in subsets) <= bits
+    assert sum(row[1].astype(int) for row in subsets).tolist() == is_text.astype(int).tolist()  # each token is in one
+    stream = stream.astype(np.uint8)
+    text = stream[1:].tobytes().split(b"\0")
+    for name, is_text, _, _ in subsets:
+        i = data.manifest["names"].index(name)
+        mine = [text[j] for j in range(len(docs)) if docs[j, 3] == i]
+        assert stream[1:][is_text].tobytes() == b"".join(mine)
 
 
 def test_missing_zstandard_is_one_line(tmp_path, monkeypatch):
