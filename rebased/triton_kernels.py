@@ -220,29 +220,29 @@ def state_kernel(
     x += n * T * D
     y += n * T * DV
     states += (n * slots + step + 1) * P_PAD * (DV + 1)
-    d = tl.arange(0, BLOCK_D)
-    e = tl.arange(0, BLOCK_DV)
+    d = tl.arange(0, BLOCK_D)[None, :]  # [1, BLOCK_D]
+    e = tl.arange(0, BLOCK_DV)[None, :]
     f = block * BLOCK_F + tl.arange(0, BLOCK_F)
 
     # S is summed transposed, with DV = 64 rows: Hopper's warpgroups multiply 64 rows at a time, and F is only 32.
     S_transposed = tl.zeros((BLOCK_DV, BLOCK_F), tl.float32)
     z = tl.zeros((STEP, BLOCK_F), tl.float32)
     for start in range(segment * SEGMENT, min(segment * SEGMENT + SEGMENT, T), STEP):
-        t = start + tl.arange(0, STEP)
-        x_tile = tl.load(x + t[:, None] * D + d[None, :], mask=(t[:, None] < T) & (d[None, :] < D), other=0.0)
-        y_tile = tl.load(y + t[:, None] * DV + e[None, :], mask=(t[:, None] < T) & (e[None, :] < DV), other=0.0)
+        t = start + tl.arange(0, STEP)[:, None]  # [STEP, 1]
+        x_tile = tl.load(x + t * D + d, mask=(t < T) & (d < D), other=0.0)
+        y_tile = tl.load(y + t * DV + e, mask=(t < T) & (e < DV), other=0.0)
         xa, xb, c, _, _ = factors(x_tile.to(DTYPE), table, f, P_PAD, BLOCK_D, DTYPE, PRECISION, ONES)
         if REVERSE:  # φ(q)/den meets do, and −δ for r; beyond T the load of 1/den gives 0
-            inv = tl.load(inv_den + n * T + t, mask=t < T, other=0.0)
+            inv = tl.load(inv_den + n * T + t, mask=t < T, other=0.0)  # [STEP, 1]
             y_column = -tl.load(delta + n * T + t, mask=t < T, other=0.0)
-            phi = (xa * xb * c * inv[:, None]).to(DTYPE)  # [STEP, F]
+            phi = (xa * xb * c * inv).to(DTYPE)  # [STEP, F]
         else:  # φ(k) meets v, and 1 for z; beyond T that must be a 0, since the constant feature is not 0 there
             y_column = (t < T).to(tl.float32)
             phi = (xa * xb * c).to(DTYPE)
         S_transposed = tl.dot(tl.trans(y_tile.to(DTYPE)), phi, S_transposed, input_precision=PRECISION)
-        z += phi.to(tl.float32) * y_column[:, None]
+        z += phi.to(tl.float32) * y_column
 
-    tl.store(states + f[:, None] * DV + e[None, :], tl.trans(S_transposed), mask=e[None, :] < DV)
+    tl.store(states + f[:, None] * DV + e, tl.trans(S_transposed), mask=e < DV)
     tl.store(states + P_PAD * DV + f, tl.sum(z, 0))
 
 
@@ -307,10 +307,10 @@ def output_kernel(
     v += n * T * DV
     o += n * T * DV
     rounding_error += n * T * DV
-    i = start + tl.arange(0, TILE)
-    d = tl.arange(0, BLOCK_D)
-    e = tl.arange(0, BLOCK_DV)
-    q_tile = tl.load(q + i[:, None] * D + d[None, :], mask=(i[:, None] < T) & (d[None, :] < D), other=0.0).to(DTYPE)
+    i = start + tl.arange(0, TILE)[:, None]  # [TILE, 1]
+    d = tl.arange(0, BLOCK_D)[None, :]  # [1, BLOCK_D]
+    e = tl.arange(0, BLOCK_DV)[None, :]
+    q_tile = tl.load(q + i * D + d, mask=(i < T) & (d < D), other=0.0).to(DTYPE)
     ones = tl.full((STEP, 16), 1.0, DTYPE)
     num = tl.zeros((TILE, BLOCK_DV), tl.float32)
     den = tl.zeros((TILE, 16), tl.float32)
@@ -318,35 +318,36 @@ def output_kernel(
     # Step 1. Inside the segment: the quadratic form.
     for past in range(segment * SEGMENT, start + TILE, STEP):
         j = past + tl.arange(0, STEP)
-        k_tile = tl.load(k + j[:, None] * D + d[None, :], mask=(j[:, None] < T) & (d[None, :] < D), other=0.0)
-        v_tile = tl.load(v + j[:, None] * DV + e[None, :], mask=(j[:, None] < T) & (e[None, :] < DV), other=0.0)
+        rows = j[:, None]  # [STEP, 1]
+        k_tile = tl.load(k + rows * D + d, mask=(rows < T) & (d < D), other=0.0)
+        v_tile = tl.load(v + rows * DV + e, mask=(rows < T) & (e < DV), other=0.0)
         u = tl.dot(q_tile, tl.trans(k_tile.to(DTYPE)), input_precision=PRECISION) * scale + shift  # [TILE, STEP]
         w = u * u + floor
         if past >= start:  # on the diagonal: keys after the query weigh 0, and those beyond T are among them
-            w = tl.where(i[:, None] >= j[None, :], w, 0.0)
+            w = tl.where(i >= j[None, :], w, 0.0)
         w = w.to(DTYPE)
         num = tl.dot(w, v_tile.to(DTYPE), num, input_precision=PRECISION)
         den = tl.dot(w, ones, den, input_precision=PRECISION)
-    den = tl.sum(den, 1) / 16  # 16 equal columns
+    den = tl.sum(den, 1, keep_dims=True) / 16  # [TILE, 1]; the 16 columns are equal
 
     # Step 2. All segments before: the state, read by φ(q), BLOCK_F features at a time.
     if segment >= first:
         states += (n * slots + segment) * P_PAD * (DV + 1)
         for block in range(0, P_PAD, BLOCK_F):
             f = block + tl.arange(0, BLOCK_F)
-            S = tl.load(states + f[:, None] * DV + e[None, :], mask=e[None, :] < DV, other=0.0)
+            S = tl.load(states + f[:, None] * DV + e, mask=e < DV, other=0.0)
             z = tl.load(states + P_PAD * DV + f)
             xa, xb, c, _, _ = factors(q_tile, table, f, P_PAD, BLOCK_D, DTYPE, PRECISION, ONES)
             phi = (xa * xb * c).to(DTYPE)  # [TILE, F]
             num = tl.dot(phi, S.to(DTYPE), num, input_precision=PRECISION)
-            den += tl.sum(phi.to(tl.float32) * z[None, :], 1)
+            den += tl.sum(phi.to(tl.float32) * z[None, :], 1, keep_dims=True)
 
     # Step 3. One division.
     inv = 1 / (den + EPS_ON_CHIP)
-    exact = num * inv[:, None]
+    exact = num * inv
     rounded = exact.to(o.dtype.element_ty)
-    where = i[:, None] * DV + e[None, :]
-    mask = (i[:, None] < T) & (e[None, :] < DV)
+    where = i * DV + e
+    mask = (i < T) & (e < DV)
     tl.store(o + where, rounded, mask=mask)
     tl.store(rounding_error + where, (exact - rounded.to(tl.float32)).to(rounding_error.dtype.element_ty), mask=mask)
     tl.store(inv_den + n * T + i, inv, mask=i < T)
@@ -385,30 +386,31 @@ def query_kernel(
     o += n * T * DV
     rounding_error += n * T * DV
     dq += n * T * D
-    i = start + tl.arange(0, TILE)
-    d = tl.arange(0, BLOCK_D)
-    e = tl.arange(0, BLOCK_DV)
-    row_mask = (i[:, None] < T) & (e[None, :] < DV)
-    q_tile = tl.load(q + i[:, None] * D + d[None, :], mask=(i[:, None] < T) & (d[None, :] < D), other=0.0).to(DTYPE)
-    do_tile = tl.load(do + i[:, None] * DV + e[None, :], mask=row_mask, other=0.0).to(DTYPE)
+    i = start + tl.arange(0, TILE)[:, None]  # [TILE, 1]
+    d = tl.arange(0, BLOCK_D)[None, :]  # [1, BLOCK_D]
+    e = tl.arange(0, BLOCK_DV)[None, :]
+    row_mask = (i < T) & (e < DV)
+    q_tile = tl.load(q + i * D + d, mask=(i < T) & (d < D), other=0.0).to(DTYPE)
+    do_tile = tl.load(do + i * DV + e, mask=row_mask, other=0.0).to(DTYPE)
 
     # δ, from an o that was not rounded
-    o_tile = tl.load(o + i[:, None] * DV + e[None, :], mask=row_mask, other=0.0).to(tl.float32)
-    o_tile += tl.load(rounding_error + i[:, None] * DV + e[None, :], mask=row_mask, other=0.0).to(tl.float32)
-    delta_tile = tl.sum(do_tile.to(tl.float32) * o_tile, 1)
+    o_tile = tl.load(o + i * DV + e, mask=row_mask, other=0.0).to(tl.float32)
+    o_tile += tl.load(rounding_error + i * DV + e, mask=row_mask, other=0.0).to(tl.float32)
+    delta_tile = tl.sum(do_tile.to(tl.float32) * o_tile, 1, keep_dims=True)  # [TILE, 1]
     tl.store(delta + n * T + i, delta_tile, mask=i < T)
 
     # Inside the segment: du_ij, up to its factor 2/den_i
     dq_tile = tl.zeros((TILE, BLOCK_D), tl.float32)
     for past in range(segment * SEGMENT, start + TILE, STEP):
         j = past + tl.arange(0, STEP)
-        k_tile = tl.load(k + j[:, None] * D + d[None, :], mask=(j[:, None] < T) & (d[None, :] < D), other=0.0).to(DTYPE)
-        v_tile = tl.load(v + j[:, None] * DV + e[None, :], mask=(j[:, None] < T) & (e[None, :] < DV), other=0.0)
+        rows = j[:, None]  # [STEP, 1]
+        k_tile = tl.load(k + rows * D + d, mask=(rows < T) & (d < D), other=0.0).to(DTYPE)
+        v_tile = tl.load(v + rows * DV + e, mask=(rows < T) & (e < DV), other=0.0)
         u = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale + shift  # [TILE, STEP]
-        dw = tl.dot(do_tile, tl.trans(v_tile.to(DTYPE)), input_precision=PRECISION) - delta_tile[:, None]
+        dw = tl.dot(do_tile, tl.trans(v_tile.to(DTYPE)), input_precision=PRECISION) - delta_tile
         du = dw * u
         if past >= start:
-            du = tl.where(i[:, None] >= j[None, :], du, 0.0)
+            du = tl.where(i >= j[None, :], du, 0.0)
         dq_tile = tl.dot(du.to(DTYPE), k_tile, dq_tile, input_precision=PRECISION)
     dq_tile *= 2 * scale
 
@@ -417,17 +419,17 @@ def query_kernel(
         states += (n * slots + segment) * P_PAD * (DV + 1)
         for block in range(0, P_PAD, BLOCK_F):
             f = block + tl.arange(0, BLOCK_F)
-            S = tl.load(states + f[:, None] * DV + e[None, :], mask=e[None, :] < DV, other=0.0)
+            S = tl.load(states + f[:, None] * DV + e, mask=e < DV, other=0.0)
             z = tl.load(states + P_PAD * DV + f)
             xa, xb, c, A, B = factors(q_tile, table, f, P_PAD, BLOCK_D, DTYPE, PRECISION, ONES)
             dphi = tl.dot(do_tile, tl.trans(S.to(DTYPE)), input_precision=PRECISION)  # [TILE, F]
-            dphi = (dphi - delta_tile[:, None] * z[None, :]) * c
+            dphi = (dphi - delta_tile * z[None, :]) * c
             dq_tile = tl.dot((dphi * xb).to(DTYPE), tl.trans(A), dq_tile, input_precision=PRECISION)
             dq_tile = tl.dot((dphi * xa).to(DTYPE), tl.trans(B), dq_tile, input_precision=PRECISION)
 
     inv = tl.load(inv_den + n * T + i, mask=i < T, other=0.0)
-    dq_tile = (dq_tile * inv[:, None]).to(dq.dtype.element_ty)
-    tl.store(dq + i[:, None] * D + d[None, :], dq_tile, mask=(i[:, None] < T) & (d[None, :] < D))
+    dq_tile = (dq_tile * inv).to(dq.dtype.element_ty)
+    tl.store(dq + i * D + d, dq_tile, mask=(i < T) & (d < D))
 
 
 def query_reference(q, k, v, do, o, inv_den, state, table, coefficients):
@@ -467,21 +469,22 @@ def key_kernel(
     dv += n * T * DV
     inv_den += n * T
     delta += n * T
-    j = start + tl.arange(0, TILE)
-    d = tl.arange(0, BLOCK_D)
-    e = tl.arange(0, BLOCK_DV)
-    k_mask = (j[:, None] < T) & (d[None, :] < D)
-    v_mask = (j[:, None] < T) & (e[None, :] < DV)
-    k_tile = tl.load(k + j[:, None] * D + d[None, :], mask=k_mask, other=0.0).to(DTYPE)
-    v_tile = tl.load(v + j[:, None] * DV + e[None, :], mask=v_mask, other=0.0).to(DTYPE)
+    j = start + tl.arange(0, TILE)[:, None]  # [TILE, 1]
+    d = tl.arange(0, BLOCK_D)[None, :]  # [1, BLOCK_D]
+    e = tl.arange(0, BLOCK_DV)[None, :]
+    k_mask = (j < T) & (d < D)
+    v_mask = (j < T) & (e < DV)
+    k_tile = tl.load(k + j * D + d, mask=k_mask, other=0.0).to(DTYPE)
+    v_tile = tl.load(v + j * DV + e, mask=v_mask, other=0.0).to(DTYPE)
     dk_tile = tl.zeros((TILE, BLOCK_D), tl.float32)
     dv_tile = tl.zeros((TILE, BLOCK_DV), tl.float32)
 
     # Inside the segment; rows are keys and columns queries, [TILE, STEP]
     for later in range(start, min(segment * SEGMENT + SEGMENT, T), STEP):
         i = later + tl.arange(0, STEP)
-        q_tile = tl.load(q + i[:, None] * D + d[None, :], mask=(i[:, None] < T) & (d[None, :] < D), other=0.0).to(DTYPE)
-        do_tile = tl.load(do + i[:, None] * DV + e[None, :], mask=(i[:, None] < T) & (e[None, :] < DV), other=0.0)
+        rows = i[:, None]  # [STEP, 1]
+        q_tile = tl.load(q + rows * D + d, mask=(rows < T) & (d < D), other=0.0).to(DTYPE)
+        do_tile = tl.load(do + rows * DV + e, mask=(rows < T) & (e < DV), other=0.0)
         do_tile = do_tile.to(DTYPE)
         inv = tl.load(inv_den + i, mask=i < T, other=0.0)[None, :]
         delta_tile = tl.load(delta + i, mask=i < T, other=0.0)[None, :]
@@ -490,8 +493,8 @@ def key_kernel(
         w = u * u_inv + floor * inv  # w/den
         du = (tl.dot(v_tile, tl.trans(do_tile), input_precision=PRECISION) - delta_tile) * u_inv  # half of du
         if later < start + TILE:
-            w = tl.where(i[None, :] >= j[:, None], w, 0.0)
-            du = tl.where(i[None, :] >= j[:, None], du, 0.0)
+            w = tl.where(i[None, :] >= j, w, 0.0)
+            du = tl.where(i[None, :] >= j, du, 0.0)
         dv_tile = tl.dot(w.to(DTYPE), do_tile, dv_tile, input_precision=PRECISION)
         dk_tile = tl.dot(du.to(DTYPE), q_tile, dk_tile, input_precision=PRECISION)
     dk_tile *= 2 * scale
@@ -502,7 +505,7 @@ def key_kernel(
         states += (n * slots + after) * P_PAD * (DV + 1)
         for block in range(0, P_PAD, BLOCK_F):
             f = block + tl.arange(0, BLOCK_F)
-            R = tl.load(states + f[:, None] * DV + e[None, :], mask=e[None, :] < DV, other=0.0).to(DTYPE)
+            R = tl.load(states + f[:, None] * DV + e, mask=e < DV, other=0.0).to(DTYPE)
             r = tl.load(states + P_PAD * DV + f)
             xa, xb, c, A, B = factors(k_tile, table, f, P_PAD, BLOCK_D, DTYPE, PRECISION, ONES)
             dv_tile = tl.dot((xa * xb * c).to(DTYPE), R, dv_tile, input_precision=PRECISION)
@@ -510,8 +513,8 @@ def key_kernel(
             dk_tile = tl.dot((dphi * xb).to(DTYPE), tl.trans(A), dk_tile, input_precision=PRECISION)
             dk_tile = tl.dot((dphi * xa).to(DTYPE), tl.trans(B), dk_tile, input_precision=PRECISION)
 
-    tl.store(dk + j[:, None] * D + d[None, :], dk_tile.to(dk.dtype.element_ty), mask=k_mask)
-    tl.store(dv + j[:, None] * DV + e[None, :], dv_tile.to(dv.dtype.element_ty), mask=v_mask)
+    tl.store(dk + j * D + d, dk_tile.to(dk.dtype.element_ty), mask=k_mask)
+    tl.store(dv + j * DV + e, dv_tile.to(dv.dtype.element_ty), mask=v_mask)
 
 
 def key_reference(q, k, v, do, inv_den, delta, state_after, table, coefficients):

@@ -515,7 +515,7 @@ def test_segments_that_are_no_whole_tiles_are_refused(segment):
 def test_dropping_delta_is_caught(tmp_path):
     """A copy of the file whose δ is 0 is outside every tolerance."""
     source = Path(gpu.__file__).read_text(encoding="utf-8")
-    line = "    delta_tile = tl.sum(do_tile.to(tl.float32) * o_tile, 1)\n"
+    line = "    delta_tile = tl.sum(do_tile.to(tl.float32) * o_tile, 1, keep_dims=True)"
     assert source.count(line) == 1 and source.count('"rebased::') == 2
     wrong = source.replace(line, line.replace("* o_tile", "* o_tile * 0.0")).replace('"rebased::', '"wrong::')
     file = tmp_path / "wrong.py"
@@ -567,9 +567,10 @@ def test_nor_do_other_types(dtype):
 @compiles
 @pytest.mark.slow
 def test_what_autocast_makes_compiles():
-    """float32 q and k with bfloat16 v. For an A100 it spills 16 bytes of `state`, so that three programs fit."""
+    """float32 q and k with bfloat16 v. For an A100 16 bytes of the state kernel spill, so that three programs fit."""
     for (name, capability), made in benchmark.static_table(torch.bfloat16, torch.float32).items():
-        assert made.stack <= (16 if (name, capability) == ("state", 80) else 0), (name, capability, made)
+        spilled = 16 if name.startswith("state") and capability == 80 else 0
+        assert made.stack <= spilled, (name, capability, made)
         assert made.shared <= 99 * 1024
 
 
