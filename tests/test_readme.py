@@ -1,0 +1,62 @@
+"""README.md and results/README.md: the example runs, links lead somewhere, printed tables are what their command prints."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from experiments import mqar_report
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+RESULTS = (ROOT / "results" / "README.md").read_text(encoding="utf-8")
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("*/*.md")])
+
+
+def fenced(text, language):
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.M | re.S)
+
+
+def test_the_first_block_is_the_two_commands():
+    lines = fenced(README, "sh")[0].splitlines()
+    assert len(lines) == 2 and lines[0].endswith("04_train_mqar.py") and lines[1].endswith("pytest -q")
+    assert README.index("```") == README.index("```sh")
+
+
+def test_the_example_runs():
+    (example,) = fenced(README, "python")
+    names = {}
+    exec(example, names)
+    assert names["o"].shape == (2, 4, 64) and names["kernel"].floor == 0.0
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_every_module_that_is_named_is_there():
+    for text in (README, RESULTS):
+        for name in re.findall(r"python -m experiments\.(\w+)", text):
+            assert (ROOT / "experiments" / f"{name}.py").exists(), name
+
+
+REPORTS = [block for block in fenced(RESULTS, "text") if block.startswith("$ python -m experiments.mqar_report")]
+
+
+@pytest.mark.parametrize("block", REPORTS, ids=lambda block: block.splitlines()[0].split()[-1])
+def test_a_table_is_what_its_command_prints(block, tmp_path, capsys, monkeypatch):
+    command, *expected = block.splitlines()
+    monkeypatch.chdir(ROOT)
+    arguments = shlex.split(command)[4:]
+    mqar_report.main([*arguments, "--figure", str(tmp_path / "figure.png")])
+    found = [line.rstrip() for line in capsys.readouterr().out.splitlines() if not line.startswith("figure: ")]
+    assert "\n".join(found).strip() == "\n".join(line.rstrip() for line in expected).strip()
+
+
+def test_every_file_of_rows_is_described():
+    for path in (ROOT / "results").iterdir():
+        assert f"`{path.name}`" in RESULTS or path.name == "README.md", path.name
