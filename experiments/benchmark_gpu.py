@@ -241,11 +241,11 @@ FP32 = torch.float32
 TYPES = {  # name: type of q and k, type of v and o. Two types are what autocast makes in training
     "float32": (FP32, FP32),
     "float16": (FP16, FP16),
-    "float32, float16": (FP32, FP16),
+    "float32 with float16": (FP32, FP16),
 }
 TOLERANCE = {FP32: (1e-5, 1e-5), FP16: (2e-3, 2e-3), BF16: (5e-3, 1e-2)}  # of outputs, of gradients
 if not gpu.INTERPRETED:
-    TYPES |= {"bfloat16": (BF16, BF16), "float32, bfloat16": (FP32, BF16)}
+    TYPES |= {"bfloat16": (BF16, BF16), "float32 with bfloat16": (FP32, BF16)}
 
 
 def make_inputs(D, T, Dv=5, H=1, dtypes=(FP32, FP32)):
@@ -337,13 +337,13 @@ def print_correct():
         wrong = too_large(found, type_name)
         bad += bool(wrong)
         verdict = "BAD" if wrong else "ok "
-        print(f"  {verdict} {type_name:18} T={T:<6,} Dv={Dv:<3} segment={segment:<4}",
+        print(f"  {verdict} {type_name:21} T={T:<6,} Dv={Dv:<3} segment={segment:<4}",
               "  ".join(f"{error:.1e}" for error in found.values()), flush=True)
         write_row("correct", {"T": T, "Dv": Dv, "segment": segment, "type": type_name, "errors": found})
     for type_name in TYPES:
         moved, runs = moved_bits(type_name)
         bad += moved > 0
-        print(f"  {'BAD' if moved else 'ok '} {type_name:18} {moved} of {runs} runs gave other bits", flush=True)
+        print(f"  {'BAD' if moved else 'ok '} {type_name:21} {moved} of {runs} runs gave other bits", flush=True)
         write_row("correct", {"type": type_name, "moved": moved, "runs": runs})
     print(f"\n{bad} bad\n")
     return bad
