@@ -1,6 +1,6 @@
 """What one more token costs after a long context: bytes of all states, milliseconds of a step.
 
-  python -m experiments.decoding                           contexts to 65,536, batch 1 and 32: 2 minutes, 9 GB
+  python -m experiments.decoding                           contexts to 65,536, batch 1 and 32: 3 minutes, 9 GB
   python -m experiments.decoding --contexts 256 1024 --batches 1
 
 Two tables: the two-layer models of 03 (d_model 128, 2 heads), which differ in one layer; and the four-layer models of
@@ -61,7 +61,7 @@ def print_recall(mixers, contexts, batches):
     for batch in batches:
         for mixer in mixers:
             costs = [recall_cost(mixer, T, batch) for T in contexts]
-            cells = "".join(f"{size / 2**20:11.2f} MB{seconds * 1e3:7.2f} ms" for size, seconds, _ in costs)
+            cells = "".join(f"{size / 2**20:10.2f} MB {seconds * 1e3:7.2f} ms" for size, seconds, _ in costs)
             print(f"{batch:<6}{mixer:24}{cells}", flush=True)
             if costs[0][2] is not None:
                 alone = "".join(f"{seconds * 1e3:21.2f} ms" for _, _, seconds in costs)
