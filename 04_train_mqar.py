@@ -147,7 +147,7 @@ def show_example():
 
 
 def check_a_dictionary_answers_every_query():
-    """Pairs first, every key once more at an even place, its value the label; all else is filler."""
+    """Pairs first, then every key once more at an even place; all else is filler."""
     inputs, labels = make_mqar(50, 64, 8, 40, seed=5)
     for tokens, targets in zip(inputs.tolist(), labels.tolist(), strict=True):
         memory = dict(zip(tokens[0:16:2], tokens[1:16:2], strict=True))
@@ -212,13 +212,13 @@ class Run:
 
 # %% [markdown]
 # All examples of a run are drawn in one go, and each is used once: every batch is new to the model.
-# **No two runs share examples, and none shares any with the tests:** PyTorch's generator starts
-# in another state for each of its 2³² seeds, a run draws from its own seed, which is below 2³¹, and
+# **No two runs share examples, and none shares any with the tests:** PyTorch's generator starts in
+# another state for each of its 2³² seeds, a run draws from its own seed, which is below 2³¹, and
 # the tests draw from 2³¹.
 #
-# The learning rate rises over the warm-up and falls to 0 along half a cosine. The optimiser is AdamW
-# with weight decay 0.1. The loss looks at the K queries only, and so the last layer is computed at
-# these only (`logits_at` of 03).
+# The learning rate rises over the warm-up and falls to 0 along half a cosine. The optimiser is
+# AdamW with weight decay 0.1. The loss looks at the K queries only, and so the last layer is
+# computed at these only (`logits_at` of 03).
 
 # %%
 TEST_SEED = 2**31
@@ -456,8 +456,8 @@ def all_rows(runs, path, processes):
     return [found[run] for run in runs]
 
 # %% [markdown]
-# What is run can be chosen on the command line, or in a notebook by
-# `%run 04_train_mqar.py --seeds 0`. Seed by seed, so that an interrupted table has whole seeds.
+# What is run can be chosen on the command line, or in a notebook by `%run 04_train_mqar.py --seeds
+# 0`. Seed by seed, so that an interrupted table has whole seeds.
 
 # %%
 def seed_number(text):
@@ -582,7 +582,7 @@ def read_floor(title, as_trained, changed, lengths):
     """What setting the floor to 0 says about this kernel."""
     learned = mean(values_of(as_trained, min(lengths), "official", "accuracy"))
     if learned < 0.9:
-        print(f"{title} has not learned the task (accuracy {learned:.3f} at {min(lengths)} tokens):")
+        print(f"{title} has not learned the task, accuracy {learned:.3f} at {min(lengths)}:")
         print("longer contexts say nothing about its floor.\n")
         return
     T = max(lengths)
@@ -592,7 +592,7 @@ def read_floor(title, as_trained, changed, lengths):
     filler = mean(values_of(as_trained, T, "uniform", "filler"))
     filler_after = mean(values_of(changed, T, "uniform", "filler"))
     print(f"Set the floor of {title} to 0 in the trained weights, and its accuracy goes from")
-    print(f"{mean(before):.3f} to {mean(after):.3f} (up in {higher} of {len(after)} seeds),", end=" ")
+    print(f"{mean(before):.3f} to {mean(after):.3f} (up in {higher} of {len(after)}),", end=" ")
     print(f"its share on filler from {filler:.3f} to {filler_after:.3f}.")
     if higher == len(after) and mean(after) > mean(before) + 0.1:
         print("What it had learned was there all along: the floor had drowned it.\n")
@@ -607,7 +607,8 @@ if __name__ == "__main__":
 # ## The picture
 #
 # Left the accuracy, right the share of attention on filler; above with uniform queries, below with
-# official ones. A mark is a mean; the thin line through it goes from the lowest seed to the highest.
+# official ones. A mark is a mean; the thin line through it goes from the lowest seed to the
+# highest.
 
 # %%
 STYLES = [  # at most seven lines: more cannot be told apart
@@ -668,8 +669,8 @@ if __name__ == "__main__":
 # - **Nothing about the trained length.** There every attention answers nearly everything: see the
 #   first column. The paper's differences at the trained length appear in longer contexts with more
 #   pairs [1, Figure 1].
-# - **Not that ReBased is the better kernel.** Compare it with Based whose floor is 0. What costs the
-#   answers here is the floor; γ, β and the LayerNorm are not needed to repair it.
+# - **Not that ReBased is the better kernel.** Compare it with Based whose floor is 0. What costs
+#   the answers here is the floor; γ, β and the LayerNorm are not needed to repair it.
 # - **Not that a kernel without a floor ignores filler.** It *can* give a token 0. No training makes
 #   that exact for all, and its share on filler grows too, only later.
 # - **Nothing about text**, where most tokens do not depend on a single token far away.

@@ -67,7 +67,7 @@ def new_figure(width, height):
 
 
 def save_figure(figure, path, description):
-    """Write a figure and say where; in a notebook, show it. description: what a reader who cannot see it should know."""
+    """Write a figure and say where; in a notebook, show it. description: for a reader who cannot see it."""
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,8 @@ import torch
 from rebased import kernels
 
 NAMES = list(kernels.KERNELS)
-CHECKS = [value for name, value in vars(kernels).items() if name.startswith("check_") and value.__module__ == kernels.__name__]
+CHECKS = [value for name, value in vars(kernels).items()
+          if name.startswith("check_") and value.__module__ == kernels.__name__]
 STEPS = {**kernels.ABLATION, "rebased": dict(norm=True, gamma=True, beta=True)}
 
 

@@ -1,4 +1,4 @@
-"""The house: five lessons and nothing else at the top, imports in one direction, nothing printed, nothing loaded twice."""
+"""The house: five lessons and nothing else at the top, imports one way, nothing printed, nothing loaded twice."""
 
 import ast
 import importlib.util
@@ -107,7 +107,8 @@ sys.path.insert(0, {str(ROOT)!r})
 from rebased import kernels, linear_attention, model, train_mqar, train_pile
 for name in {names}:
     importlib.import_module(name)
-loaded = [m.__file__ for m in sys.modules.values() if getattr(m, "__file__", None) and m.__file__.startswith({str(ROOT)!r})]
+files = [getattr(module, "__file__", None) or "" for module in sys.modules.values()]
+loaded = [file for file in files if file.startswith({str(ROOT)!r})]
 assert len(loaded) == len(set(loaded)), "loaded twice"
 """
     assert run(code, tmp_path) == (0, "")

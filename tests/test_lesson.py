@@ -1,4 +1,4 @@
-"""The specification of rebased/lesson.py and rebased/checks.py: verdicts, figures, the stopwatch, errors in one line."""
+"""The specification of rebased/lesson.py and rebased/checks.py: verdicts, figures, stopwatch, errors in one line."""
 
 import argparse
 import subprocess

@@ -1,4 +1,4 @@
-"""README.md and results/README.md: the example runs, links lead somewhere, printed tables are what their command prints."""
+"""README.md and results/README.md: the example runs, links lead somewhere, tables are what their command prints."""
 
 import re
 import shlex
