@@ -5,8 +5,10 @@ from statistics import median
 
 from rebased import lesson
 
-STYLES = [("black", ":"), ("tab:blue", "-"), ("tab:red", "--"), ("tab:orange", "-."), ("tab:green", "-"),
-          ("tab:purple", "--"), ("tab:gray", "-.")]  # told apart by their dashes where there is no colour
+# Told apart by their dashes where there is no colour
+STYLES = {"attention": ("black", ":"), "rebased": ("tab:blue", "-"), "based": ("tab:red", "--")}
+OTHERS = [("tab:orange", "-."), ("tab:green", "-"), ("tab:purple", "--"), ("tab:gray", "-."), ("tab:brown", "-"),
+          ("tab:pink", ":"), ("tab:olive", "-")]
 
 
 def summary(log, batch_tokens, points=60):
@@ -101,25 +103,28 @@ def draw(rows, path):
         return
     above, below = figure.subplots(2, 1)
     rows = rows[:7]
-    draw_lines(above, rows, "curve")
     above.set(title="training", xlabel="tokens seen", ylabel="loss, nats a token")
-    draw_lines(below, rows, "by_position")
+    above.xaxis.set_major_formatter(lambda tokens, _: f"{tokens:,.0f}")
+    draw_lines(above, rows, "curve")
     length = rows[0]["settings"]["seq_len"]
-    below.axvline(length, color="gray", linestyle=":", linewidth=1)
-    below.set(title="validation, by position in the context", ylabel="loss, nats a token")
-    below.set(xlabel=f"position (trained: up to {length:,}, dotted)", xscale="log")
-    for axis, key in ((above, "curve"), (below, "by_position")):
-        ends = [(row["mixer"], row[key][-1][1], style[0]) for row, style in zip(rows, STYLES, strict=False)]
-        lesson.label_ends(axis, ends)
+    below.set(title="validation, by position in the context", ylabel="loss, nats a token", xscale="log")
+    below.set_xlabel(f"position; dotted: the end of the trained length, {length:,}")
+    ends = [end for end, _ in rows[0]["by_position"]]
+    below.set_xticks(ends, [f"{end:,}" for end in ends])
+    below.minorticks_off()
+    if length <= ends[-1]:
+        below.axvline(length, color="gray", linestyle=":", linewidth=1)
+    draw_lines(below, rows, "by_position")
     said = ", ".join(f"{row['mixer']} {row['loss']:.2f}" for row in rows)
     lesson.save_figure(figure, path, f"Loss of language models in training and by position; validation loss: {said}.")
 
 
 def draw_lines(axis, rows, key):
-    for row, (color, dashes) in zip(rows, STYLES, strict=False):
-        x = [point[0] for point in row[key]]
-        y = [point[1] for point in row[key]]
-        axis.plot(x, y, dashes, color=color)
-    if key == "by_position":
-        axis.set_xticks(x, [f"{end:,}" for end in x], minor=False)
-        axis.minorticks_off()
+    """A line for each model, its name at its end."""
+    others = iter(OTHERS)
+    ends = []
+    for row in rows:
+        color, dashes = STYLES.get(row["mixer"]) or next(others)
+        axis.plot([x for x, _ in row[key]], [y for _, y in row[key]], dashes, color=color)
+        ends.append((row["mixer"], row[key][-1][1], color))
+    lesson.label_ends(axis, ends)
