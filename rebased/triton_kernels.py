@@ -86,7 +86,7 @@ EPS_ON_CHIP = tl.constexpr(EPS)  # a kernel may read a global only if it is a tl
 #     b     −1     −1     −1      0      1      1
 #
 # So one kernel serves every polynomial of degree two and every D; only the table differs.
-@functools.lru_cache
+@functools.cache
 def make_table(coefficients, D, device):
     """float32 (3, P_PAD): the rows a, b, c, in the order of 01's features; padded to BLOCK_F with c = 0."""
     if torch.device(device).type == "cuda" and torch.cuda.is_current_stream_capturing():
@@ -163,9 +163,9 @@ def features_backward_reference(x, dphi, table):
     """The gradient of x (N, T, D), from that of φ(x) (N, T, P_PAD)."""
     a, b, c = table
     x_and_1 = torch.nn.functional.pad(x, (0, 1), value=1.0)
-    D = x.shape[-1]
-    A = (torch.arange(D)[:, None] == a).to(x.dtype)  # (D, P_PAD), as on chip
-    B = (torch.arange(D)[:, None] == b).to(x.dtype)
+    d = torch.arange(x.shape[-1], device=x.device)[:, None]
+    A = (d == a).to(x.dtype)  # (D, P_PAD), as on chip
+    B = (d == b).to(x.dtype)
     return (dphi * c * x_and_1[..., b.long()]) @ A.mT + (dphi * c * x_and_1[..., a.long()]) @ B.mT
 
 
@@ -753,6 +753,9 @@ def chunked_attention(q, k, v, coefficients, S=None, z=None, return_state=False,
     Raises ValueError, in one line, for inputs beyond the limits that `why_not` names, and for another segment.
     [2, section 4; 1, section 3.2]
     """
+    if k.shape != q.shape or v.shape[:3] != q.shape[:3] or not q.dim() == v.dim() == 4 or q.shape[2] < 1:
+        sizes = f"{tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
+        raise ValueError(f"q, k must be (B, H, T, D) and v (B, H, T, DV), with T of 1 or more; they are {sizes}")
     problem = why_not(q, k, v, coefficients)
     if problem:
         raise ValueError(f"no Triton kernel for these inputs: {problem}")
@@ -761,6 +764,11 @@ def chunked_attention(q, k, v, coefficients, S=None, z=None, return_state=False,
     B, H, T, D = q.shape
     DV = v.shape[-1]
     P = count_features(coefficients, D)
+    if (S is None) != (z is None):
+        raise ValueError("S and z are one state: give both or neither")
+    if S is not None and (S.shape != (B, H, P, DV) or z.shape != (B, H, P)):
+        sizes = f"{tuple(S.shape)} and {tuple(z.shape)}"
+        raise ValueError(f"S must be {(B, H, P, DV)} and z {(B, H, P)}, features in the order of 01; they are {sizes}")
     coefficients = tuple(guard_scalar(float(c)) for c in coefficients)  # torch.compile: another floor, another graph
     table = feature_table(coefficients, D, q.device)
     P_PAD = table.shape[1]

@@ -83,6 +83,22 @@ def test_the_gradient_of_the_table_is_that_of_autograd():
     assert torch.allclose(found, torch.autograd.grad(phi, x, dphi)[0])
 
 
+def test_the_references_make_nothing_on_another_device():
+    """On "meta", which has shapes only: an index made on the CPU would be refused there, as on a GPU."""
+    x = torch.empty(2, 3, 7, device="meta")
+    table = gpu.make_table(BASED, 7, torch.device("meta"))
+    phi = gpu.features_reference(x, table)
+    assert gpu.features_backward_reference(x, phi, table).shape == x.shape
+
+
+def test_a_table_stays_where_it_is():
+    """A CUDA graph reads it as long as the graph lives, whatever other tables were made since."""
+    first = gpu.make_table(REBASED, 3, torch.device("cpu"))
+    for number in range(200):
+        gpu.make_table((number / 100, 0.0, 1.0), 1, torch.device("cpu"))
+    assert gpu.make_table(REBASED, 3, torch.device("cpu")) is first
+
+
 class OneRun:
     """All five kernels on N = 2 heads of T = 150 tokens in segments of 64, with a state at both ends, in float32."""
 
@@ -486,6 +502,35 @@ def test_limits_are_named_in_one_line(inputs, coefficients, message):
     assert "\n" not in line
     with pytest.raises(ValueError, match=f"no Triton kernel for these inputs: .*{message}"):
         gpu.chunked_attention(*inputs, coefficients)
+
+
+@pytest.mark.parametrize("shapes", [
+    ((1, 1, 4, 16), (1, 1, 3, 16), (1, 1, 4, 5)),  # k shorter
+    ((1, 1, 4, 16), (1, 1, 4, 16), (1, 1, 3, 5)),  # v shorter
+    ((1, 2, 4, 16), (1, 2, 4, 16), (2, 1, 4, 5)),  # as many heads in all, in other places
+    ((1, 1, 4, 16), (1, 1, 4, 8), (1, 1, 4, 5)),
+    ((1, 1, 0, 16), (1, 1, 0, 16), (1, 1, 0, 5)),
+    ((1, 4, 16), (1, 4, 16), (1, 4, 5)),
+], ids=str)
+def test_shapes_that_do_not_fit_are_refused_in_a_line(shapes):
+    """A kernel would read beyond the end of the shorter one."""
+    inputs = [torch.empty(shape, device=benchmark.DEVICE) for shape in shapes]
+    with pytest.raises(ValueError, match=r"q, k must be \(B, H, T, D\) and v .* they are .*\)$"):
+        gpu.chunked_attention(*inputs, REBASED)
+
+
+@runs
+@pytest.mark.parametrize("S,z,message", [
+    ((1, 1, 136, 5), None, "give both"),
+    ((1, 1, 136, 4), (1, 1, 136), "S must be"),
+    ((1, 1, 153, 5), (1, 1, 153), "S must be"),
+    ((1, 2, 136, 5), (1, 1, 136), "S must be"),
+], ids=str)
+def test_states_that_do_not_fit_are_refused_in_a_line(S, z, message):
+    S = torch.empty(S, device=benchmark.DEVICE)
+    z = None if z is None else torch.empty(z, device=benchmark.DEVICE)
+    with pytest.raises(ValueError, match=message):
+        gpu.chunked_attention(*tensors(), REBASED, S, z)
 
 
 @compiles
