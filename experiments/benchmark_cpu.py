@@ -227,9 +227,8 @@ def draw(rows, path):
     panels = figure.subplots(1, 2, sharey=True)
     for axis, backward in zip(panels, (False, True), strict=True):
         axis.set(xscale="log", yscale="log", xlabel="T", title="forward and backward" if backward else "forward")
-        for number, form in enumerate(COMPARED):
-            timed = [row for row in rows if row["backward"] == backward and form in row["seconds"]]
-            draw_line(axis, form, f"C{number}", timed)
+        ends = [draw_line(axis, form, rows, backward) for form in COMPARED]
+        label([end for end in ends if end])
         axis.margins(x=0.25)
     panels[0].set(ylabel="milliseconds")
     threads = rows[0]["threads"]
@@ -242,14 +241,28 @@ def draw(rows, path):
     )
 
 
-def draw_line(axis, form, color, rows):
-    """One form, its name beside its last point."""
-    if not rows:
-        return
-    lengths = [row["T"] for row in rows]
-    times = [row["seconds"][form] * 1e3 for row in rows]
-    axis.plot(lengths, times, MARKERS[form] + "-", color=color, markersize=4)
-    axis.annotate(form, (lengths[-1], times[-1]), xytext=(6, -3), textcoords="offset points", color=color)
+def draw_line(axis, form, rows, backward):
+    """One form; returns (T, ms, line), its last point, or None if it was not run."""
+    timed = [row for row in rows if row["backward"] == backward and form in row["seconds"]]
+    if not timed:
+        return None
+    lengths = [row["T"] for row in timed]
+    times = [row["seconds"][form] * 1e3 for row in timed]
+    (line,) = axis.plot(lengths, times, MARKERS[form] + "-", markersize=4, label=form)
+    return lengths[-1], times[-1], line
+
+
+def label(ends):
+    """Each name beside its last point, in its colour; higher if it would cover the one below."""
+    from matplotlib.patheffects import withStroke
+
+    below = None
+    for T, time, line in sorted(ends, key=lambda end: end[:2]):
+        covers = below is not None and below[0] == T and time < 1.5 * below[1]
+        name = line.axes.annotate(line.get_label(), (T, time), xytext=(6, 6 if covers else -3), color=line.get_color(),
+                                  textcoords="offset points")
+        name.set_path_effects([withStroke(linewidth=4, foreground="white")])  # so that it can be read across a line
+        below = (T, time)
 
 
 def run_forms(options):

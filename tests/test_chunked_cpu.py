@@ -193,12 +193,14 @@ def test_strided_inputs():
     assert_equal(in_chunks(q, k, v, BASED, S.mT.contiguous().mT, z), expected)
 
 
-def test_a_gradient_that_is_expanded():
-    """o.sum() hands back a gradient of stride 0, o[..., 0] one with gaps."""
+@pytest.mark.parametrize("coefficients", [BASED, None])
+def test_a_loss_that_looks_at_o_alone(coefficients):
+    """Nothing comes from later on; o.sum() hands back a gradient of stride 0, o[..., 0].sum() one with gaps."""
     inputs = tensors(3, 9)
     for reading in (lambda o: o.sum(), lambda o: o[..., 0].sum(), lambda o: o[:, :, 3:5].sum()):
-        found = torch.autograd.grad(reading(in_chunks(*inputs, BASED)[0]), inputs)
-        expected = torch.autograd.grad(reading(two_loops(*inputs, BASED)[0]), inputs)
+        o = chunked_attention(*inputs, coefficients, chunk_size=CHUNK)
+        found = torch.autograd.grad(reading(o), inputs)
+        expected = torch.autograd.grad(reading(two_loops(*inputs, coefficients)[0]), inputs)
         assert_equal(found, expected)
 
 
@@ -224,6 +226,18 @@ def test_a_state_is_a_value(coefficients):
         assert torch.equal(one, other)
     for one, other in zip((*inputs, *states), kept, strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("coefficients", [BASED, None])
+def test_the_operation_itself_leaves_a_state_as_it_was(coefficients):
+    """Both sweeps write over their state: over a copy of what came in, S and its gradient alike."""
+    q, k, v = (x.flatten(0, 1) for x in tensors(5, 13))
+    S = torch.rand(4, chunked_cpu.count_features(coefficients, 5), 4, dtype=torch.float64, requires_grad=True)
+    dS = torch.rand_like(S)
+    kept = S.detach().clone(), dS.clone()
+    o, final = chunked_cpu.ChunkedAttention.apply(q, k, v, S, coefficients, CHUNK, True)
+    torch.autograd.grad([o, final], S, [torch.ones_like(o), dS])
+    assert torch.equal(S, kept[0]) and torch.equal(dS, kept[1])
 
 
 def test_a_state_of_another_precision():
@@ -282,13 +296,15 @@ def test_parts_cover_every_token_and_chunk_once(N, P):
             length = part.times.stop - part.times.start
             assert length % (part.C * part.G) == 0
             assert length // part.C == part.chunks.stop - part.chunks.start
+            assert part.G == 1 or part.G * part.C * N * P <= chunked_cpu.NUMBERS * torch.get_num_threads()
         assert tokens == list(range(T))
         assert chunks == list(range(math.ceil(T / C)))
 
 
 def test_chunk_choice_follows_the_cost():
     """Short sequences are one chunk; long ones are not cut to pieces, nor left quadratic."""
-    assert chunked_cpu.best_chunk(4, 20, 16, 65, 136, threads=1) == 20
+    for T in (20, 128, 256):
+        assert chunked_cpu.best_chunk(4, T, 16, 65, 136, threads=1) == T
     one = chunked_cpu.best_chunk(4, 32_768, 16, 65, 136, threads=1)
     two = chunked_cpu.best_chunk(4, 32_768, 16, 65, 136, threads=2)
     assert 64 <= one <= two <= 256
@@ -309,6 +325,29 @@ def test_features_are_not_kept():
     states = T // C * 2 * 136 * 25 * 4
     kept = kept_bytes(lambda: chunked_attention(*inputs, REBASED, chunk_size=C))
     assert kept == sum(x.nbytes for x in inputs) + inputs[2].nbytes + 4 * 2 * T + states
+
+
+class Shapes(TorchDispatchMode):
+    """The shapes of all tensors that are made."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.found.add(tuple(result.shape))
+        return result
+
+
+def test_without_gradients_no_states_are_kept():
+    inputs = tensors(3, 20, B=1, H=1, Dv=7)
+    states = (20 // CHUNK, 1, 6, 8)  # (chunks, N, P, V)
+    for needed in (True, False):
+        with Shapes() as shapes:
+            chunked_attention(*(x.detach().requires_grad_(needed) for x in inputs), REBASED, chunk_size=CHUNK)
+        assert (states in shapes.found) == needed
 
 
 def test_one_chunk_keeps_no_state():
@@ -411,12 +450,19 @@ def test_autocast_stays_outside():
 
 
 def test_a_compiled_caller():
-    """torch.compile leaves the operation as it is."""
+    """torch.compile leaves the operation as it is, and does not unroll its chunks."""
     inputs = tensors(3, 9)
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph.code)
+        return graph.forward
 
     def caller(q, k, v):
         return chunked_attention(2 * q, k, v, BASED, chunk_size=CHUNK).sin().sum()
 
     expected = torch.autograd.grad(caller(*inputs), inputs)
-    found = torch.autograd.grad(torch.compile(caller, backend="eager")(*inputs), inputs)
+    found = torch.autograd.grad(torch.compile(caller, backend=backend)(*inputs), inputs)
     assert_equal(found, expected)
+    code = "".join(graphs)
+    assert "sin" in code and "bmm" not in code and "chunked_cpu" not in code
