@@ -183,9 +183,10 @@ def write_row(part, row):
 
 
 # The floor
-# What segments of 512 must cost at D = 16, DV = 64 in bfloat16: FLOPs and bytes, each tensor counted once for each
-# kernel that needs it, added as if nothing overlapped. A time below it means that the count is wrong; how far above
-# it a time lies is what latency, issue and imperfect overlap cost.
+# What these kernels must cost in segments of 512 at D = 16, DV = 64 in bfloat16: FLOPs and bytes, each tensor counted
+# once for each kernel that reads or writes it, added as if nothing overlapped. A time below it means that the count is
+# wrong; how far above it a time lies is what latency, issue and imperfect overlap cost. `rounding_error` is counted
+# too, 128 bytes in each pass: another design might do without it, this one moves it.
 FLOPS = 400e12  # a second: half the rate of products measured on an H100
 BYTES = 3.0e12  # a second: its measured rate of memory
 SOFTMAX_D = 64  # head dimension of the attention that one would run otherwise
@@ -201,13 +202,15 @@ def floor(T, D=16, DV=64, P=160, size=2, segment=gpu.SEGMENT):
     v = size * DV
 
     forward_flops = 2 * keys * (D + DV) + 2 * through  # q·k and w·v; the state is built and read
-    forward_bytes = 2 * qk + 2 * v  # q, k, v, o
+    rounding_error = 2 * DV  # bytes of a row; bfloat16, whatever the type of o
+    forward_bytes = 2 * qk + 2 * v + rounding_error + 4  # q, k, v; o, what rounding took from it, 1/den
     forward_bytes += crossed * (qk + v) + 4 * state  # k, v again; written, read and written by the scan, read
 
     backward_flops = 2 * keys * (4 * D + 3 * DV)  # q·k and do·v twice, du·k, du·q, w·do
     backward_flops += 4 * through + crossed * 8 * D * P  # R; dq, dk and dv through states; the one-hot products
-    backward_bytes = 4 * (qk + v) + 2 * qk + v + 24  # q, k, v, do in both passes; dq, dk, dv; δ and 1/den
-    backward_bytes += crossed * (qk + v) + 5 * state  # q, do again; R as S above, and S is read
+    backward_bytes = 4 * (qk + v) + 2 * qk + v + 16  # q, k, v, do in both passes; dq, dk, dv; δ and 1/den
+    backward_bytes += v + rounding_error  # o, for δ
+    backward_bytes += crossed * (qk + v + 8) + 5 * state  # q, do, δ, 1/den again; R as S above, and S is read
     return (forward_flops, forward_bytes), (backward_flops, backward_bytes)
 
 
