@@ -20,7 +20,7 @@ Letters
   B batch, H heads, T time, D size of a query or key, Dv size of a value, P features after φ,
   C chunk length; S the state (B, H, P, Dv), z its normaliser (B, H, P); num and den: the two sums
   whose quotient is the output o. q and k are already prepared (`prepare` of 01) and split into
-  heads: (B, T, H·D) -> (B, H, T, D).
+  heads: (B, T, H·D) -> (B, H, T, D). Every den has ε = 1e-12 added to it (01 says why).
 
 References
   [1] Aksenov et al., ReBased, and [3] Katharopoulos et al., Transformers are RNNs: as in 01.
@@ -41,14 +41,19 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from rebased import EPS, chunked_cpu, kernels, lesson  # kernels: 01_kernels.py
-from rebased.checks import attention_form, check_attention, check_positive_integers
+from rebased.checks import (
+    attention_form,
+    check_attention,
+    check_one_token,
+    check_positive_integers,
+)
 
 # %% [markdown]
 # ## 1. Quadratic: the definition
 #
-# Every query meets every key before it. The similarities make a T × T matrix, and causality keeps
-# its lower triangle: $w_{ij} = 0$ for $j > i$. The output is the mean of the values, weighted by a
-# row of this matrix.
+# Every query meets every key up to its own. The similarities make a T × T matrix, and causality
+# keeps its lower triangle: $w_{ij} = 0$ for $j > i$. The output is the mean of the values, weighted
+# by a row of this matrix.
 #
 # This form is the definition: whatever else we write must give the same numbers, and the same
 # gradients.
@@ -75,8 +80,8 @@ def quadratic_attention(q, k, v, kernel):
 #   \mathrm{den}_i = \varphi(q_i)^\top z_i, \quad z_i = \sum_{j \le i} \varphi(k_j)$$
 #
 # No T × T matrix is left. But *every* S_i is written out, P · Dv numbers for each token: 8,704 at P
-# = 136 and Dv = 64, where the token itself has 64 values. Linear in T, and yet the slowest way as
-# far as we timed it. Read it; do not use it.
+# = 136 and Dv = 64, where the token itself has 64 values. Linear in T, and yet slow, because memory
+# is. Read it; do not use it.
 
 # %%
 @attention_form
@@ -104,8 +109,8 @@ def linear_attention(q, k, v, kernel):
 # was, while the keys and values that softmax must keep grow with every token. This is how a trained
 # model speaks. For training it is serial: one tiny product after another.
 #
-# The state is float32 at least, whatever the inputs are: a sum over 64,000 tokens overflows half
-# precision.
+# The state is float32 at least, whatever the inputs are. A sum in float16 overflows at 65,504, and
+# one in bfloat16 stands still at 256, where adding 1 no longer changes it.
 
 # %%
 class State(NamedTuple):
@@ -133,7 +138,7 @@ def recurrent_attention(q, k, v, kernel, state=None, return_state=False):
     phi_k = kernel.features(k)
     outputs = []
     for t in range(q.shape[2]):
-        S = S + phi_k[:, :, t, :, None] * v[:, :, t, None, :]  # (B, H, P, Dv)
+        S = S + phi_k[:, :, t, :, None] * v[:, :, t, None, :]  # (B, H, P, Dv), an outer product
         z = z + phi_k[:, :, t]  # (B, H, P)
         num = (phi_q[:, :, t, None, :] @ S).squeeze(2)  # (B, H, Dv)
         den = (phi_q[:, :, t] * z).sum(-1, keepdim=True)  # (B, H, 1)
@@ -144,10 +149,10 @@ def recurrent_attention(q, k, v, kernel, state=None, return_state=False):
 
 def recurrent_step(q, k, v, kernel, state=None):
     """One token: q, k (B, H, D), v (B, H, Dv), State or None -> o (B, H, Dv), the next State."""
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if isinstance(x, torch.Tensor) and x.ndim != 3:
-            raise ValueError(f"{name} must be one token, (B, H, size), got shape {tuple(x.shape)}")
-    q, k, v = (x.unsqueeze(2) if isinstance(x, torch.Tensor) else x for x in (q, k, v))  # T = 1
+    check_one_token(q, k, v)
+    q = q.unsqueeze(2)  # (B, H, 1, D)
+    k = k.unsqueeze(2)
+    v = v.unsqueeze(2)
     o, state = recurrent_attention(q, k, v, kernel, state, return_state=True)
     return o.squeeze(2), state
 
@@ -155,7 +160,8 @@ def recurrent_step(q, k, v, kernel, state=None):
 # ## 4. Chunked: quadratic where that is cheap, a state for the rest
 #
 # The quadratic form wastes nothing on short sequences: a small matrix product is what processors do
-# best. The recurrence wastes nothing on long ones. So cut time into chunks of C tokens:
+# best. The recurrence does no more work for a token late in a long one. So cut time into chunks of
+# C tokens:
 #
 # ```
 #                 keys j
@@ -223,7 +229,9 @@ def show_exclusive_prefix():
     subtracted = (x.cumsum(0) - x)[1:]
     shifted = x.cumsum(0)[:-1]
     for name, found in (("cumsum(x) − x", subtracted), ("shifted", shifted)):
-        print(f"{name:14} largest relative error {((found - exact) / exact).abs().max():.1e}")
+        errors = ((found - exact) / exact).abs().amax(1)  # (T − 1,)
+        place = errors.argmax() + 1
+        print(f"{name:14} largest relative error {errors.max():.1e}, before token {place}")
     print()
 
 
@@ -238,7 +246,7 @@ if __name__ == "__main__":
 #
 # - on an NVIDIA GPU with Triton, the same four steps as kernels: `rebased/triton_kernels.py`;
 # - everywhere else, the same four steps in place, with a backward pass that computes the features a
-#   second time instead of keeping them, 272 numbers a token where q and k have 32:
+#   second time instead of keeping them (2 · 136 numbers a token, where q and k have 2 · 16):
 #   `rebased/chunked_cpu.py`.
 #
 # Both know a kernel by its three coefficients alone. A kernel that is no polynomial of s hands in
@@ -288,8 +296,9 @@ def attention(q, k, v, kernel, state=None, return_state=False):
 # ## All forms are one function
 #
 # For every kernel of 01, in float64, outputs and gradients of all forms equal those of the
-# quadratic one. The first output is the first value. No output depends on later tokens. And a
-# sequence can be cut anywhere: save the state to a file, load it, go on with another form.
+# quadratic one. The first output of `attention` is the first value. With ReBased, no output of any
+# form depends on later tokens, and a sequence can be cut: save the state to a file, load it, go on
+# with another form. (The tests do the same for every kernel, and cut in many places.)
 
 # %%
 def example(kernel, T, B=2, H=3, Dv=5, seed=0):
@@ -359,7 +368,7 @@ def check_the_future_is_not_seen():
 def check_cut_save_resume():
     """Cut at 11, save the state, load it, go on with another form: the same output."""
     kernel = kernels.ReBasedKernel(16, heads=3)
-    q, k, v = example(kernel, T=40)
+    q, k, v = example(kernel, T=40, Dv=64)
     first, state = attention(q[:, :, :11], k[:, :, :11], v[:, :, :11], kernel, return_state=True)
     file = io.BytesIO()
     torch.save({"S": state.S, "z": state.z}, file)  # plain tensors: loading them runs no code
@@ -382,8 +391,9 @@ if __name__ == "__main__":
 # ## Backwards: what the normaliser adds
 #
 # Gradients of the readable forms come from autograd. The fast forms have a backward pass written by
-# hand, and there is one term in it that is easily forgotten. Call the gradient of the output do. A
-# weight w_ij enters o_i twice, through num and through den. With $\delta_i = do_i \cdot o_i$:
+# hand, and there is one term in it that is easily forgotten. Write $do_i$ for the gradient of the
+# loss by the output o_i, and likewise for others. A weight w_ij enters o_i twice, through num and
+# through den. With $\delta_i = do_i \cdot o_i$:
 #
 # $$dw_{ij} = \frac{do_i \cdot v_j - \delta_i}{\mathrm{den}_i}
 #           = \frac{do_i \cdot (v_j - o_i)}{\mathrm{den}_i}$$
@@ -399,10 +409,11 @@ def gradient_of_q(q, k, v, do, with_delta):
     weights = s.square()
     den = weights.sum(-1, keepdim=True) + EPS  # (..., T, 1)
     o = weights @ v / den  # (..., T, Dv)
-    dw = do @ v.mT  # (..., T, T): do_i · v_j
-    if with_delta:
-        dw = dw - (do * o).sum(-1, keepdim=True)  # − δ_i
-    ds = 2 * s * dw / den  # through the square; s is 0 above the diagonal
+    delta = (do * o).sum(-1, keepdim=True)  # (..., T, 1)
+    if not with_delta:
+        delta = torch.zeros_like(delta)
+    dw = (do @ v.mT - delta) / den  # (..., T, T)
+    ds = 2 * s * dw  # through the square; s is 0 above the diagonal
     return ds @ k / math.sqrt(q.shape[-1])  # through s = q·k/√D
 
 
@@ -433,10 +444,13 @@ if __name__ == "__main__":
 #
 # | form | arithmetic | memory, numbers moved | calls |
 # |---|---|---|---|
-# | quadratic | 2T²(D + Dv): two products of T × T | 11 T²: see the code | 10 |
+# | quadratic | 2T²(D + Dv): two products | 11 T²: passes over the weights, see code | 10 |
 # | linear | 4 T P Dv: make and read S_i | 4 T P Dv: make, sum (read, write), read | 10 |
 # | recurrent | 4 T P Dv | 5 T P Dv: make φ(k)vᵀ, add (read 2, write), read | 25 a token |
 # | chunked | T (4 P Dv + 2C(D + Dv)) | 2T(D + Dv) for q, k, v, o and 2 P Dv T/C for S | 8 a chunk |
+#
+# (Calls were counted by reading the code: about 10 for a form without a loop, 25 for each turn of
+# the recurrence, views included, and 8 for each chunk.)
 #
 # The chunk of the fast form is the one of least predicted cost (`best_chunk` of
 # `rebased/chunked_cpu.py`).
@@ -464,7 +478,7 @@ def predicted_cost(form, T):
         return 4 * T * P * Dv, 4 * T * P * Dv * BYTES, 10
     if form == "recurrent":
         return 4 * T * P * Dv, 5 * T * P * Dv * BYTES, 25 * T
-    C = chunk_of(T)
+    C = chunk_of(T)  # the form "chunked"
     moved = 2 * T * (D + Dv) + 2 * P * Dv * T / C
     return T * (4 * P * Dv + 2 * C * (D + Dv)), moved * BYTES, 8 * T / C
 
@@ -498,11 +512,9 @@ if __name__ == "__main__":
     print()
 
 # %% [markdown]
-# (Where a T × T matrix still fits into the cache, memory costs less than this count says.)
-#
 # Now time them: float32, forward, ReBased. Softmax stands beside them, as PyTorch's fused kernel
-# with heads of 64. The fast form is `attention`; a form that would take over a second or hold more
-# than 2 GB is left out.
+# with heads of 64. A length is left out where a form would take over two seconds, judged by the
+# length before it, or hold more than 2 GB.
 
 # %%
 TIMED = {
@@ -525,50 +537,65 @@ def make_call(form, T):
     return lambda: TIMED[form](q, k, v, kernel)
 
 
-def fits(form, T, seconds):
-    """Whether a form is timed at this length: at most a second, and 2 GB held."""
-    held = {"quadratic": 3 * T * T, "linear": 3 * T * P * Dv}
-    return seconds < 1 and HEADS * held.get(form, 0) * BYTES < 2e9
+GROWTH = {"softmax": 16, "quadratic": 16, "linear": 4, "recurrent": 4, "chunked": 4}  # at 4 T
+HELD = {"quadratic": 3, "linear": 3 * P * Dv}  # numbers: times T² and times T
+
+
+def fits(form, T, last):
+    """Whether a form is timed at T; last: its seconds at T/4, or None at the first length."""
+    numbers = HELD.get(form, 0) * T
+    if form == "quadratic":
+        numbers = numbers * T
+    return HEADS * numbers * BYTES < 2e9 and (last is None or last * GROWTH[form] < 2)
 
 
 @torch.no_grad()
 def time_forms(lengths=(128, 512, 2048, 8192)):
-    """Print a line for each form and length -> {(form, T): (seconds predicted, measured)}."""
+    """Print a line for each form and length -> {(form, T): seconds measured}, {...: predicted}."""
     speed = lesson.machine_speed()
-    rows = {}
+    measured = {}
+    predicted = {}
     threads = torch.get_num_threads()
     print(f"forward, float32, B = 1, H = {HEADS}, D = {D}, Dv = {Dv}, {threads} threads\n")
-    print("form             T   predicted     bound by    measured")
+    print("form                 T     bound by   predicted    measured   ratio")
     for form in TIMED:
+        last = None
         for T in lengths:
-            if form == "softmax":
-                predicted, bound, shown = None, "", f"{'':12}"
-            else:
-                predicted, bound = predicted_seconds(form, T, speed)
-                shown = f"{predicted * 1e3:9.2f} ms"
-            measured = None
-            if predicted is None or fits(form, T, predicted):
-                measured = lesson.median_seconds({form: make_call(form, T)}, repeats=3)[form]
             name = f"{form}, C = {chunk_of(T)}" if form == "chunked" else form
-            timed = f"{measured * 1e3:9.2f} ms" if measured else f"{'–':>12}"
-            print(f"{name:16}{T:6,}{shown}{bound:>13}{timed}")
-            rows[form, T] = (predicted, measured)
-    return rows
+            line = f"{name:16}{T:6,}"
+            if form == "softmax":
+                line += " " * 25
+            else:
+                predicted[form, T], bound = predicted_seconds(form, T, speed)
+                line += f"{bound:>13}{predicted[form, T] * 1e3:9.2f} ms"
+            if not fits(form, T, last):
+                print(line + f"{'–':>12}")
+                break
+            last = lesson.median_seconds({form: make_call(form, T)}, repeats=3)[form]
+            measured[form, T] = last
+            line += f"{last * 1e3:9.2f} ms"
+            if (form, T) in predicted:
+                line += f"{last / predicted[form, T]:8.2f}"
+            print(line)
+    return measured, predicted
 
 
-def read_times(rows, T=8192):
-    """The sentence under the table, from its numbers."""
-    chunked = rows["chunked", T][1]
+def read_times(measured, predicted):
+    """The sentences under the table, from its numbers."""
+    print()
+    lengths = [T for form, T in measured if form == "chunked"]
     for form in ("softmax", "quadratic", "linear", "recurrent"):
-        timed = [length for name, length in rows if name == form and rows[name, length][1]]
-        longest = max(timed)
-        ratio = rows[form, longest][1] / rows["chunked", longest][1]
+        longest = max(T for name, T in measured if name == form and T in lengths)
+        ratio = measured[form, longest] / measured["chunked", longest]
         print(f"At T = {longest:,} {form} takes {ratio:.1f} times as long as the chunked form.")
-    growth = chunked / rows["chunked", T // 4][1]
-    print(f"Four times the tokens take the chunked form {growth:.1f} times as long.\n")
+    growth = measured["chunked", lengths[-1]] / measured["chunked", lengths[-2]]
+    print(f"Four times the tokens take the chunked form {growth:.1f} times as long.")
+    ratios = [measured[key] / predicted[key] for key in predicted if key in measured]
+    print(f"Measured over predicted: from {min(ratios):.2f} to {max(ratios):.1f}. The count says")
+    print("how a form grows; what fits into a cache is faster than it says.\n")
 
 
-def draw(rows):
+def draw(measured, predicted):
     """Milliseconds against T; the predictions dotted."""
     figure = lesson.new_figure(width=7, height=4.5)
     if figure is None:
@@ -576,14 +603,10 @@ def draw(rows):
     axis = figure.subplots()
     for number, form in enumerate(TIMED):
         color = f"C{number}"
-        own = [(T, rows[name, T][0], rows[name, T][1]) for name, T in rows if name == form]
-        predictions = [(T, predicted * 1e3) for T, predicted, _ in own if predicted]
-        measurements = [(T, measured * 1e3) for T, _, measured in own if measured]
-        if predictions:
-            lengths, times = zip(*predictions, strict=True)
-            axis.plot(lengths, times, ":", color=color)
-        lengths, times = zip(*measurements, strict=True)
-        axis.plot(lengths, times, "o-", color=color)
+        for seconds, style in ((predicted, ":"), (measured, "o-")):
+            lengths = [T for name, T in seconds if name == form]
+            times = [seconds[form, T] * 1e3 for T in lengths]
+            axis.plot(lengths, times, style, color=color)
         end = (lengths[-1], times[-1])
         axis.annotate(form, end, xytext=(6, 0), textcoords="offset points", color=color)
     axis.set(xscale="log", yscale="log", xlabel="T", ylabel="milliseconds (dotted: predicted)")
@@ -591,23 +614,22 @@ def draw(rows):
     lesson.save_figure(
         figure,
         "runs/02_linear_attention.png",
-        "Milliseconds of each form against the length, on logarithmic axes: the chunked form is "
-        "the fastest from some hundred tokens on and grows in proportion to the length, softmax "
-        "and the quadratic form with its square.",
+        "Milliseconds of each form against the length, on logarithmic axes: the chunked form grows "
+        "in proportion to the length, softmax and the quadratic form with its square.",
     )
 
 
 if __name__ == "__main__":
-    times = time_forms()
-    read_times(times)
-    draw(times)
+    measured, predicted = time_forms()
+    read_times(measured, predicted)
+    draw(measured, predicted)
 
 # %% [markdown]
 # ## Which one to use
 #
 # Train, and read a prompt, with `attention`: it is the chunked form. Speak with `recurrent_step`,
 # one token at a time, from the state that `attention` returns. Hold everything against
-# `quadratic_attention`. The textbook form explains the other three.
+# `quadratic_attention`. The textbook form explains the recurrent and the chunked one.
 
 # %%
 if __name__ == "__main__":

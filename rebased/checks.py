@@ -39,6 +39,15 @@ def check_attention(q, k, v, kernel, state=None):
         check_state(state, (*k.shape[:2], kernel.num_features, v.shape[-1]))
 
 
+def check_one_token(q, k, v):
+    """Raise TypeError or ValueError unless q, k and v are one token each, (B, H, size)."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, torch.Tensor):
+            check_last_dim(x, 1, name)
+        if x.ndim != 3:
+            raise ValueError(f"{name} must be one token, (B, H, size), got shape {tuple(x.shape)}")
+
+
 def check_state(state, shape):
     """Raise TypeError or ValueError unless state is a State(S, z) with S of this shape, (B, H, P, Dv)."""
     if not isinstance(state, tuple) or not hasattr(state, "S") or not hasattr(state, "z"):
