@@ -25,6 +25,7 @@ References
 """
 
 import functools
+import itertools
 import math
 from typing import NamedTuple
 
@@ -113,14 +114,15 @@ def join_state(S, z):
 # All is written into room that is reserved once, as fresh memory for each group costs 5 %.
 @functools.lru_cache
 def rotation_order(D):
-    """For each product of the rotations, the place of its pair in torch.triu_indices(D, D), which is 01's order."""
-    place = torch.empty(D, D, dtype=torch.int64)
-    rows, columns = torch.triu_indices(D, D)
-    place[rows, columns] = torch.arange(len(rows))
-    place[columns, rows] = place[rows, columns]
-    x = torch.arange(D)
-    order = torch.cat([place[x, (x + turn) % D] for turn in range(D // 2 + 1)])
-    return order[: len(rows)]
+    """For each product of the rotations, the place of its pair in torch.triu_indices(D, D): the order of 01."""
+    pairs = list(itertools.combinations_with_replacement(range(D), 2))  # (0, 0), (0, 1), ..., (1, 1), ...
+    place = {pair: number for number, pair in enumerate(pairs)}
+    order = []
+    for turn in range(D // 2 + 1):
+        for a in range(D):
+            b = (a + turn) % D
+            order.append(place[min(a, b), max(a, b)])
+    return order[: len(pairs)]
 
 
 def reorder(S, coefficients, D, inwards):
@@ -128,10 +130,11 @@ def reorder(S, coefficients, D, inwards):
     if coefficients is None:
         return S
     before = S.shape[1] - D * (D + 1) // 2  # the constant and the linear features stand first, in both orders
-    order = torch.cat([torch.arange(before), before + rotation_order(D)])
+    places = list(range(before)) + [before + place for place in rotation_order(D)]
+    order = torch.tensor(places, device=S.device)
     if not inwards:
         order = order.argsort()
-    return S.index_select(1, order.to(S.device))
+    return S.index_select(1, order)
 
 
 class PolynomialFeatures:

@@ -185,6 +185,17 @@ def test_no_gradient_asked_for():
     assert torch.equal(o, expected) and not o.requires_grad
 
 
+def test_training_after_inference_mode():
+    """What is remembered from one call to the next serves both."""
+    chunked_cpu.rotation_order.cache_clear()
+    inputs = tensors(3, 9)
+    states = state(BASED, 3)
+    with torch.inference_mode():
+        expected = in_chunks(*inputs, BASED, *states)
+    found = results(in_chunks, *inputs, BASED, *states)
+    assert_equal(found[:3], expected)
+
+
 def test_strided_inputs():
     """Transposed views, as a model makes them, and a time axis with a step; a state that is a view."""
     q, k, v = (x.detach().transpose(1, 2).contiguous().transpose(1, 2)[:, :, ::2] for x in tensors(3, 18))
