@@ -37,6 +37,7 @@ from rebased import (
     train_mqar,
     workers,
 )
+from rebased.checks import check_recall_task
 
 model.BLOCKS["mamba"] = mamba.MambaBlock
 model.BLOCKS["rwkv"] = rwkv.RWKVBlock
@@ -623,7 +624,7 @@ def refuse_impossible(experiment):
     for run in planned_runs(experiment, experiment.seeds[:1]):
         model_config(run, experiment)
         for length in (run.length, *experiment.test_lengths):
-            train_mqar.check_task(1, length, run.pairs, experiment.vocab_size, 1.0, 0)
+            check_recall_task(1, length, run.pairs, experiment.vocab_size, 1.0, 0)
 
 
 def main(argv=None):

@@ -114,3 +114,18 @@ def check_model_config(config, known):
         raise ValueError(f"{config.heads} heads do not fit into d_model {config.d_model}")
     if not (0 <= config.dropout < 1 and 0 <= config.attention_dropout < 1):
         raise ValueError("dropout and attention_dropout must lie in [0, 1)")
+
+
+def check_recall_task(num_examples, seq_len, num_pairs, vocab_size, power_a, seed):
+    """Raise ValueError, in one line, for a task that cannot be made."""
+    if num_examples < 1 or num_pairs < 1 or power_a <= 0:
+        given = f"got {num_examples}, {num_pairs}, {power_a}"
+        raise ValueError(f"need num_examples >= 1, num_pairs >= 1 and power_a > 0; {given}")
+    if seq_len < 4 * num_pairs:
+        needed = f"need 4·{num_pairs} = {4 * num_pairs} places"
+        raise ValueError(f"{num_pairs} pairs and their queries {needed}, seq_len is {seq_len}")
+    if num_pairs > vocab_size // 2 - 1:
+        needed = f"need a vocabulary of {2 * num_pairs + 2}"
+        raise ValueError(f"{num_pairs} distinct keys {needed} or more, got {vocab_size}")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"a seed of examples is at least 0 and below 2**32, got {seed}")

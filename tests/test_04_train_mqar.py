@@ -23,7 +23,7 @@ LESSON = ROOT / "04_train_mqar.py"
     "check",
     [
         train_mqar.check_a_dictionary_answers_every_query,
-        train_mqar.check_pairs_depend_on_the_seed_alone,
+        train_mqar.check_the_same_pairs_meet_other_contexts,
         train_mqar.check_shares_are_shares,
     ],
     ids=lambda check: check.__name__,
@@ -124,7 +124,7 @@ def test_the_seeds_that_are_allowed_start_different_streams():
     first, same = (torch.rand(3, generator=torch.Generator().manual_seed(s)) for s in (5, 5 + 2**32))
     assert torch.equal(first, same)
     for seed in (-1, 2**32, 2**63, 2**64):
-        with pytest.raises(ValueError, match="at least|lies in 0 and below 2..32"):
+        with pytest.raises(ValueError, match="at least 0 and below 2..32"):
             train_mqar.make_mqar(1, 64, 8, 256, seed=seed)
 
 
@@ -195,11 +195,11 @@ def test_the_floor_is_taken_out_of_the_same_weights(row):
     trained = train_mqar.train(dataclasses.replace(SMALL, steps=40))
     again = train_mqar.train(dataclasses.replace(SMALL, steps=40))
     assert all(torch.equal(a, b) for a, b in zip(trained.parameters(), again.parameters(), strict=True))
-    with_floor = train_mqar.test(trained, SMALL, 256, "uniform")
+    with_floor = train_mqar.test_at(trained, SMALL, 256, "uniform")
     train_mqar.kernel_of(trained).floor = 0.0
-    assert train_mqar.test(trained, SMALL, 256, "uniform") != with_floor
+    assert train_mqar.test_at(trained, SMALL, 256, "uniform") != with_floor
     train_mqar.kernel_of(trained).floor = 0.5
-    assert train_mqar.test(trained, SMALL, 256, "uniform") == with_floor
+    assert train_mqar.test_at(trained, SMALL, 256, "uniform") == with_floor
 
 
 @pytest.mark.parametrize("mixer", ["rebased", "conv_attention"])
@@ -244,8 +244,8 @@ def made_up(title, at_128, at_8192, filler):
 @pytest.mark.parametrize(
     "at_128, before, after, says",
     [
-        (1.0, [0.3, 0.4], [0.9, 0.95], "up in 2 of 2 seeds), FILLER\nWhat it had learned was there all along"),
-        (1.0, [0.3, 0.9], [0.9, 0.8], "up in 1 of 2 seeds), FILLER\nIn this run the floor is not"),
+        (1.0, [0.3, 0.4], [0.9, 0.95], "up in 2 of 2), FILLER\nWhat it had learned was there all along"),
+        (1.0, [0.3, 0.9], [0.9, 0.8], "up in 1 of 2), FILLER\nIn this run the floor is not"),
         (1.0, [0.3, 0.4], [0.31, 0.41], "In this run the floor is not"),
         (0.2, [0.1, 0.1], [0.9, 0.9], "longer contexts say nothing"),
     ],
@@ -277,7 +277,7 @@ def test_the_figure_holds_every_line(tmp_path, capsys):
     [
         (["--mixers", "rebasd"], "invalid choice: 'rebasd'"),
         (["--mixers", "short_conv"], "invalid choice"),
-        (["--seeds", "-1"], "a seed lies in 0 and below 2**31, got '-1'"),
+        (["--seeds", "-1"], "a seed is at least 0 and below 2**31, got '-1'"),
         (["--seeds", str(2**31)], "below 2**31"),
         (["--seeds", str(2**64)], "below 2**31"),
         (["--seeds"], "expected at least one argument"),
