@@ -3,15 +3,24 @@
 Whoever has read Triton's tutorials on matrix multiplication and fused attention can read this file from top to bottom.
 Beside each kernel stands the same computation in a few lines of PyTorch, and the tests hold the two equal.
 
-Equations, with s = q·k/√D and sim = c0 + c1·s + c2·s² = u² + floor, where u = scale·(q·k) + shift
-  forward    w_ij = u_ij² + floor,  den_i = Σ_{j≤i} w_ij + ε,  o_i = Σ_{j≤i} w_ij v_j / den_i
-             earlier segments come in through  S = Σ φ(k_j) v_jᵀ  and  z = Σ φ(k_j)
+Equations, with s = q·k/√D and sim = c0 + c1·s + c2·s² = u² + floor, where
+             u = scale·(q·k) + shift,  scale = √(c2/D),  shift = c1/(2√c2),  floor = c0 − c1²/(4·c2)
+  forward    w_ij = u_ij² + floor,  den_i = Σ_{j≤i} w_ij + ε,  o_i = Σ_{j≤i} w_ij v_j / den_i,  with ε = 1e-12
   backward   δ_i = do_i·o_i,  dw_ij = (do_i·v_j − δ_i)/den_i,  du_ij = 2 u_ij dw_ij
              dq_i = scale Σ_{j≤i} du_ij k_j,  dk_j = scale Σ_{i≥j} du_ij q_i,  dv_j = Σ_{i≥j} w_ij do_i/den_i
-             later segments come in through  R = Σ φ(q_i) do_iᵀ/den_i  and  r = −Σ φ(q_i) δ_i/den_i
+In segments, these sums go over the tokens of the same segment only. All others come in through states:
+  forward    S = Σ φ(k_j) v_jᵀ and z = Σ φ(k_j) of all earlier segments
+             add φ(q_i)ᵀS to Σ w_ij v_j, and φ(q_i)ᵀz to den_i
+  backward   earlier segments give dφ(q_i) = (S do_i − δ_i z)/den_i
+             R = Σ φ(q_i) do_iᵀ/den_i and r = −Σ φ(q_i) δ_i/den_i of all later segments
+             give dφ(k_j) = R v_j + r, and add Rᵀφ(k_j) to dv_j; section 2 turns a dφ into a part of dq or dk
 
 Letters
-  N = B·H heads, T tokens, D and DV columns of q and v, P features; i counts queries, j keys, f features.
+  do is the gradient of o, ∂loss/∂o, and so dq, dφ, ... for other letters.
+  N = B·H heads, T tokens, M tokens of a segment, D columns of q and k, DV of v. P features, P_PAD with padding, of which
+  F = BLOCK_F are made at a time. STATE = P_PAD·(DV + 1): the numbers of a state, S and z.
+  i counts queries, j keys, t tokens that may be either, f features, d columns of q and k, e columns of v.
+  Where a step of a loop begins is called `past` if the loop walks over earlier keys, `later` if over later queries.
   Tensors in memory are (N, T, size). On chip, shapes stand in brackets: [TILE, DV].
 
 References
@@ -30,82 +39,113 @@ from torch.fx.experimental.symbolic_shapes import guard_scalar
 from rebased import EPS
 from rebased.chunked_cpu import complete_square, count_features
 
-MISSING = "rebased.triton_kernels needs Triton (Linux: pip install triton==3.7.1); everything else runs without it"
+MISSING = (
+    "rebased.triton_kernels needs Triton (Linux: pip install triton==3.7.1); everything else runs without it"
+)
 try:
     import triton
     import triton.language as tl
 except ImportError:
     raise ImportError(MISSING) from None
 
-# With TRITON_INTERPRET=1 in the environment Triton runs kernels on the CPU, in NumPy: slowly, but without a GPU.
+# With TRITON_INTERPRET=1 in the environment Triton runs kernels on the CPU, in NumPy: slowly, but
+# without a GPU.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 # 1. Sizes
 #
-# The textbook's chunk of 64 tokens is wrong on a GPU. A state is P·(DV + 1) float32 numbers, 42 KB at D = 16, DV = 64:
-# as much as the k and v of 260 tokens in bfloat16. With a state every 64 tokens, states would be most of the traffic.
-# So a *segment* is long, and inside it the quadratic form runs in *tiles*, as in FlashAttention:
+# The textbook's chunk of 64 tokens is wrong on a GPU. At D = 16, DV = 64 a state has 136 features,
+# padded to 160, times DV + 1 numbers of float32: 42 KB (35 without padding), as much as the k and v
+# of 260 tokens in bfloat16. With a state every 64 tokens, states would be most of the traffic. So a
+# *segment* is long, and inside it the quadratic form runs in *tiles*, as in FlashAttention:
 #
-#     segments before        keys of this segment of 512, STEP = 64 at a time ->
-#     ...---------------+----+----+
-#                       |\   |    |                              program 0 owns TILE = 128 queries and walks over
-#        one product    | \__|    |                              the keys up to them; only the last two steps touch
-#        with the       |    |\   |                              the diagonal (\) and need a mask
-#        state:         |    | \__|
-#        [TILE, P] x    +----+----+----+----+
-#        [P, DV]        |    |    |\   |    |                    program 1
-#                       |    |    | \__|    |
-#                       |    |    |    |\   |
-#                       |    |    |    | \__|
-#     ...---------------+----+----+----+----+                    ... and programs 2 and 3
-SEGMENT = 512  # states are then a third of all bytes; 1,024 would halve that and nearly double the work in tiles
-TILE = 128  # queries (or keys) of a program: two of Hopper's warpgroups of 64 rows; the state is read once a tile
-STEP = 64  # what a program meets at a time: the weights [128, 64] take 32 registers a thread, of 255
-BLOCK_F = tl.constexpr(32)  # features at a time: φ [128, 32] takes 16 registers a thread
+#     segments before      keys of this segment of 512, STEP = 64 at a time ->
+#     ..-----------------+------+------+
+#                        | \  0 |   0  |  64 queries    program 0 owns
+#       one product      |   \  |      |                TILE = 128 queries,
+#       with the         +------+------+                two rows of cells
+#       state:           |      | \  0 |  64 queries
+#       [TILE, P_PAD]    |      |   \  |
+#       x [P_PAD, DV]    +------+------+------+------+
+#                        |      |      | \  0 |   0  |  64 queries    program 1
+#                        |      |      |   \  |      |
+#                        +------+------+------+------+
+#                        |      |      |      | \  0 |  64 queries
+#                        |      |      |      |   \  |
+#     ..-----------------+------+------+------+------+     ... and programs 2 and 3
+#
+# A program walks over the keys of its segment, up to its own last query. Only its last two steps
+# meet the diagonal (\) and need a mask, which writes the 0. A step multiplies all 128 rows, so in
+# the last one the upper 64 are computed and thrown away.
+#
+# Why 512: states are then 325 of the 937 bytes that a token moves in the forward pass
+# (experiments/benchmark_gpu.py counts them). 1,024 would halve these and nearly double the work in
+# tiles. A tile of 128 rows is two of Hopper's warpgroups, and the state is read once a tile. Its
+# program has 8 warps, 256 threads of at most 255 registers: weights [TILE, STEP] = [128, 64] take
+# 32 registers of each, features [128, 32] take 16. A program of the scan (128 threads) carries two
+# numbers a thread along: a state is then spread over 41 programs, so that few heads should do to
+# fill a card.
+SEGMENT = 512  # tokens between two states
+TILE = 128  # queries (or keys) that a program owns
+STEP = 64  # keys (or queries) that it meets at a time
+BLOCK_F = tl.constexpr(32)  # features at a time
 COLUMNS = 256  # numbers of a state that one program of the scan carries along
 ROWS = 16  # slots that the scan reads at a time: sixteen loads are then under way at once
 EPS_ON_CHIP = tl.constexpr(EPS)  # a kernel may read a global only if it is a tl.constexpr
 
 
-# What the compiler must know, the tl.constexpr arguments of the kernels (`compiler_arguments` in section 7 sets them):
-#   D, DV, P_PAD          columns of q and k, of v, and features, padded to a multiple of BLOCK_F
-#   BLOCK_D, BLOCK_DV     D and DV as tl.dot wants them, powers of two from 16 on; loads fill them up with 0
-#   SEGMENT, TILE, STEP   as above
+# What the compiler must know, the tl.constexpr arguments of the kernels (`compiler_arguments` in
+# section 7 sets them):
+#   D, DV                 columns of q and k, and of v
+#   P_PAD                 features, padded to a multiple of BLOCK_F
+#   BLOCK_D, BLOCK_DV     D and DV as tl.dot wants them, powers of two from 16 on; loads fill with 0
+#   SEGMENT, TILE, STEP   as above, or smaller: section 7 says when
 #   DTYPE                 of the two factors of every tl.dot; sums are always float32
-#   PRECISION             how tl.dot multiplies float32 factors: "ieee" exactly, "tf32" with 10 bits on the tensor cores
+#   PRECISION             how tl.dot multiplies float32 factors: "ieee" exactly, "tf32" with 10 bits
+#                         on the tensor cores
 #   ONES                  whether some feature needs a factor 1, see section 2
 
 
 # 2. φ as a table
 #
-# Every feature of 01 is a constant times two coordinates, φ_f(x) = c_f · x[a_f] · x[b_f], if an index of −1 reads 1.
-# At D = 2, for 1 + s + s²/2:
+# Every feature of 01 is a constant times two coordinates, φ_f(x) = root_f · x[a_f] · x[b_f], if an
+# index of −1 reads 1. The constant is the square root of what the pair weighs in the similarity. At
+# D = 2, for 1 + s + s²/2:
 #
-#     f      0      1      2      3      4      5
-#     a     −1      0      1      0      0      1        φ(x) = [c₀, c₁x₀, c₂x₁, c₃x₀x₀, c₄x₀x₁, c₅x₁x₁]
-#     b     −1     −1     −1      0      1      1
+#     f        0      1      2      3      4      5
+#     a       −1      0      1      0      0      1
+#     b       −1     −1     −1      0      1      1
+#     root   1.00   0.84   0.84   0.50   0.71   0.50
 #
-# So one kernel serves every polynomial of degree two and every D; only the table differs.
+#     φ(x) = [1, 0.84 x₀, 0.84 x₁, 0.5 x₀x₀, 0.71 x₀x₁, 0.5 x₁x₁]
+#
+# So one kernel serves every polynomial of degree two and every D; only the table differs. All three
+# rows are float32: indices that small are exact, and one tensor needs one type.
+#
+# Tables are kept for good, a few KB for each kernel. A cache that dropped the oldest would free
+# memory that a CUDA graph may still read.
 @functools.cache
 def make_table(coefficients, D, device):
-    """float32 (3, P_PAD): the rows a, b, c, in the order of 01's features; padded to BLOCK_F with c = 0."""
+    """float32 (3, P_PAD): the rows a, b, root, in the order of 01's features; padded to BLOCK_F with root = 0."""
     if torch.device(device).type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("call chunked_attention once before a CUDA graph records it: the first call makes a table")
+        raise RuntimeError(
+            "call chunked_attention once before a CUDA graph records it: the first call makes a table"
+        )
     c0, c1, c2 = coefficients
-    rows = []
+    columns = []
     if c0:
-        rows.append((-1, -1, math.sqrt(c0)))
+        columns.append((-1, -1, math.sqrt(c0)))
     if c1:
         for a in range(D):
-            rows.append((a, -1, math.sqrt(c1 / math.sqrt(D))))
+            columns.append((a, -1, math.sqrt(c1 / math.sqrt(D))))
     for a in range(D):
         for b in range(a, D):
             twice = 1 if a == b else 2  # x_a x_b and x_b x_a are one feature
-            rows.append((a, b, math.sqrt(c2 / D * twice)))
-    while len(rows) % BLOCK_F.value:
-        rows.append((0, 0, 0.0))
+            columns.append((a, b, math.sqrt(c2 / D * twice)))
+    while len(columns) % BLOCK_F.value:
+        columns.append((0, 0, 0.0))
     with torch.inference_mode(False):  # made for good, also if the first call happens to be inference
-        return torch.tensor(rows, dtype=torch.float32, device=device).T.contiguous()
+        return torch.tensor(columns, dtype=torch.float32, device=device).T.contiguous()
 
 
 @torch.compiler.assume_constant_result
@@ -114,7 +154,8 @@ def feature_table(coefficients, D, device):
 
     A CUDA graph must not record that copy. torch.compile calls this function while it compiles and keeps the tensor as
     a constant, so its graphs are safe; whoever records a graph of their own makes a usual call before, or gets the
-    RuntimeError above.
+    RuntimeError above. Two functions, because torch.compile looks through functools.cache at what is inside: a mark on
+    a cached function itself goes unseen.
     """
     return make_table(coefficients, D, device)
 
@@ -126,29 +167,35 @@ def reads_ones(coefficients):
 
 def features_reference(x, table):
     """x (N, T, D) -> φ(x) (N, T, P_PAD)."""
-    a, b, c = table
+    a, b, root = table
     x_and_1 = torch.nn.functional.pad(x, (0, 1), value=1.0)  # column −1 reads 1
-    return c * x_and_1[..., a.long()] * x_and_1[..., b.long()]
+    return root * x_and_1[..., a.long()] * x_and_1[..., b.long()]
 
 
-# A GPU cannot index registers: x[a_f] would be a trip to memory. A product can: with the one-hot matrix A, whose column
-# f has its 1 in row a_f, x @ A puts x[a_f] into column f, exactly, on the tensor cores. The same matrices, transposed,
-# carry the gradient back, since d(c x_a x_b) = c x_b dx_a + c x_a dx_b:
+# A GPU cannot index registers: x[a_f] would be a trip to memory. A product can: with the one-hot
+# matrix A, whose column f has its 1 in row a_f, x @ A puts x[a_f] into column f. That is exact, for
+# all other terms of its sum are 0; bfloat16 and float16 are multiplied on the tensor cores, float32
+# without them. The same matrices, transposed, carry the gradient back, since
+# d(root x_a x_b) = root x_b dx_a + root x_a dx_b. With ⊙ for products element by element:
 #
-#     φ(x) = c · (x A) · (x B)              dx = (dφ · c · (x B)) Aᵀ + (dφ · c · (x A)) Bᵀ
+#     φ(x) = root ⊙ (x A) ⊙ (x B)
+#     dx   = (dφ ⊙ root ⊙ (x B)) Aᵀ + (dφ ⊙ root ⊙ (x A)) Bᵀ
 #
 # For the a of the table above, with the constexpr ONES for what a one-hot column cannot give:
 #
-#     A = 0  1  0  1  1  0                  x A = [0, x₀, x₁, x₀, x₀, x₁], and ONES adds 1 where a is −1
+#     A = 0  1  0  1  1  0          x A = [0, x₀, x₁, x₀, x₀, x₁], and ONES adds 1 where a is −1
 #         0  0  1  0  0  1
 @triton.jit
-def factors(x, table, f, P_PAD: tl.constexpr, BLOCK_D: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
-            ONES: tl.constexpr):
-    """x [rows, D] -> x[a_f] and x[b_f] [rows, F], c [1, F], A and B [D, F]."""
+def factors(
+    x, table, f,
+    P_PAD: tl.constexpr, BLOCK_D: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    ONES: tl.constexpr,
+):
+    """x [rows, D] -> x[a_f] and x[b_f] [rows, F], root [1, F]; and for the way back A and B [D, F]."""
     a = tl.load(table + f)[None, :]  # [1, F]
     b = tl.load(table + P_PAD + f)[None, :]
-    c = tl.load(table + 2 * P_PAD + f)[None, :]
-    d = tl.arange(0, BLOCK_D)[:, None].to(tl.float32)
+    root = tl.load(table + 2 * P_PAD + f)[None, :]
+    d = tl.arange(0, BLOCK_D)[:, None].to(tl.float32)  # as the table has them
     A = (d == a).to(DTYPE)  # [D, F]
     B = (d == b).to(DTYPE)
     xa = tl.dot(x, A, input_precision=PRECISION)  # [rows, F]
@@ -156,23 +203,26 @@ def factors(x, table, f, P_PAD: tl.constexpr, BLOCK_D: tl.constexpr, DTYPE: tl.c
     if ONES:  # the column of an index −1 is all 0: here it gets its 1
         xa += (a < 0).to(tl.float32)
         xb += (b < 0).to(tl.float32)
-    return xa, xb, c, A, B
+    return xa, xb, root, A, B
 
 
 def features_backward_reference(x, dphi, table):
     """The gradient of x (N, T, D), from that of φ(x) (N, T, P_PAD)."""
-    a, b, c = table
+    a, b, root = table
     x_and_1 = torch.nn.functional.pad(x, (0, 1), value=1.0)
     d = torch.arange(x.shape[-1], device=x.device)[:, None]
     A = (d == a).to(x.dtype)  # (D, P_PAD), as on chip
     B = (d == b).to(x.dtype)
-    return (dphi * c * x_and_1[..., b.long()]) @ A.mT + (dphi * c * x_and_1[..., a.long()]) @ B.mT
+    dxa = dphi * root * x_and_1[..., b.long()]
+    dxb = dphi * root * x_and_1[..., a.long()]
+    return dxa @ A.mT + dxb @ B.mT
 
 
 # 3. The states: step 4 of 02 comes first
 #
-# In 02 the chunks follow each other, each adding to S. Here every segment sums its own φ(k) vᵀ, all at the same time,
-# and a scan then makes prefixes of the sums. They lie in *slots*; slot 0 holds the initial state (or 0):
+# In 02 the chunks follow each other, each adding to S. Here every segment sums its own φ(k) vᵀ, all
+# at the same time, and a scan then makes prefixes of the sums. They lie in *slots*; slot 0 holds
+# the initial state (or 0):
 #
 #     segment           0           1           2           3
 #                 +-----------+-----------+-----------+-----------+
@@ -185,16 +235,28 @@ def features_backward_reference(x, dphi, table):
 #               [init]  [init+Σ₀]  [init+Σ₀+Σ₁]     ...      [init+Σ₀+...+Σ₃]
 #     read by   segment 0    segment 1   segment 2   segment 3    (the final state)
 #
-# After an *inclusive* scan slot s is what came before segment s: nothing is shifted, and nothing is ever subtracted.
-# The last slot is made only if the final state is asked for. With one segment and no initial state there are no slots
-# at all, and what is left is the quadratic form: one path for every T.
+# The shift of 02 is in the numbering: segment s writes slot s + 1. So after an *inclusive* scan
+# slot s is what came before segment s, and nothing is ever subtracted. The last slot is made only
+# if the final state is asked for. With one segment and no initial state there are no slots at all,
+# and what is left is the quadratic form; the same kernels serve it, their `if segment >= first` is
+# then false.
 #
-# The backward pass needs the same sums the other way around, over the queries *after* a segment. REVERSE is the mirror
-# image: x, y are q, do instead of k, v; slot 0 holds the gradient of the final state; the last segment comes first.
+# The backward pass needs the same sums the other way around, over the queries *after* a segment.
+# REVERSE is the mirror image: x, y are q, do instead of k, v; segments are counted from the end:
 #
-# In memory a slot is S [P_PAD, DV], then z [P_PAD]; in the mirror R, then r. Features that are padding are 0 in both.
+#     segment           3           2           1           0
+#     slot        0      `---> 1     `---> 2     `---> 3     `---> 4
+#             [d final]      [Σ₃]        [Σ₂]        [Σ₁]        [Σ₀]
+#     read by   segment 3    segment 2   segment 1   segment 0    (the gradient of the initial state)
+#
+# In memory a slot is S [P_PAD, DV], then z [P_PAD]; in the mirror R, then r. Features that are
+# padding are 0 in both.
 def count_slots(T, segment, edge, keep):
-    """How many slots there are. edge: slot 0 holds something. keep: the sum of all segments is asked for."""
+    """How many slots there are.
+
+    edge: whether slot 0 holds something, an initial state (in the mirror, the gradient of a final one).
+    keep: whether the sum of all segments is asked for, the final state (the gradient of an initial one).
+    """
     segments = -(-T // segment)
     slots = segments + keep
     return slots if slots > 1 or edge else 0
@@ -203,43 +265,53 @@ def count_slots(T, segment, edge, keep):
 @triton.jit
 def state_kernel(
     x, y, inv_den, delta, table, states, T, slots,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, P_PAD: tl.constexpr,
-    SEGMENT: tl.constexpr, STEP: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, ONES: tl.constexpr,
-    REVERSE: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    P_PAD: tl.constexpr, SEGMENT: tl.constexpr, STEP: tl.constexpr, DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr, ONES: tl.constexpr, REVERSE: tl.constexpr,
 ):
-    """A program sums BLOCK_F features over one segment of one head, and writes them into the segment's slot."""
-    # Only the first axis of a grid may exceed 65,535, so block, segment and head share it. A head may start beyond
-    # 2³¹ numbers: its offset has 64 bits.
+    """A program sums BLOCK_F features over one segment of one head, and writes them into the segment's slot.
+
+    inv_den and delta are read only if REVERSE.
+    """
+    # Only the first axis of a grid may exceed 65,535, so block, segment and head share it. A head may
+    # start beyond 2³¹ numbers: its offset has 64 bits. `turn` counts segments in the order of slots.
     blocks = P_PAD // BLOCK_F
     block = tl.program_id(0) % blocks
-    step = tl.program_id(0) // blocks % (slots - 1)
+    turn = tl.program_id(0) // blocks % (slots - 1)
     n = (tl.program_id(0) // blocks // (slots - 1)).to(tl.int64)
-    segment = step
+    segment = turn
     if REVERSE:
-        segment = tl.cdiv(T, SEGMENT) - 1 - step
+        segment = tl.cdiv(T, SEGMENT) - 1 - turn
     x += n * T * D
     y += n * T * DV
-    states += (n * slots + step + 1) * P_PAD * (DV + 1)
+    inv_den += n * T
+    delta += n * T
+    states += (n * slots + turn + 1) * P_PAD * (DV + 1)
     d = tl.arange(0, BLOCK_D)[None, :]  # [1, BLOCK_D]
     e = tl.arange(0, BLOCK_DV)[None, :]
     f = block * BLOCK_F + tl.arange(0, BLOCK_F)
 
-    # S is summed transposed, with DV = 64 rows: Hopper's warpgroups multiply 64 rows at a time, and F is only 32.
+    # S is summed transposed, with DV = 64 rows: Hopper's warpgroups multiply 64 rows at a time, and F
+    # is only 32. z is summed row by row, [STEP, F]; the STEP rows are added once, at the end.
     S_transposed = tl.zeros((BLOCK_DV, BLOCK_F), tl.float32)
     z = tl.zeros((STEP, BLOCK_F), tl.float32)
     for start in range(segment * SEGMENT, min(segment * SEGMENT + SEGMENT, T), STEP):
         t = start + tl.arange(0, STEP)[:, None]  # [STEP, 1]
-        x_tile = tl.load(x + t * D + d, mask=(t < T) & (d < D), other=0.0)
-        y_tile = tl.load(y + t * DV + e, mask=(t < T) & (e < DV), other=0.0)
-        xa, xb, c, _, _ = factors(x_tile.to(DTYPE), table, f, P_PAD, BLOCK_D, DTYPE, PRECISION, ONES)
-        if REVERSE:  # φ(q)/den meets do, and −δ for r; beyond T the load of 1/den gives 0
-            inv = tl.load(inv_den + n * T + t, mask=t < T, other=0.0)  # [STEP, 1]
-            y_column = -tl.load(delta + n * T + t, mask=t < T, other=0.0)
-            phi = (xa * xb * c * inv).to(DTYPE)  # [STEP, F]
-        else:  # φ(k) meets v, and 1 for z; beyond T that must be a 0, since the constant feature is not 0 there
+        x_tile = tl.load(x + t * D + d, mask=(t < T) & (d < D), other=0.0).to(DTYPE)
+        y_tile = tl.load(y + t * DV + e, mask=(t < T) & (e < DV), other=0.0).to(DTYPE)
+        xa, xb, root, _, _ = factors(x_tile, table, f, P_PAD, BLOCK_D, DTYPE, PRECISION, ONES)
+        phi = xa * xb * root  # [STEP, F]
+        if REVERSE:
+            # φ(q)/den meets do for R, and −δ for r. 1/den goes into φ, rounded once for both: what
+            # they later add up to, R v + r, is then a sum of do·v − δ with the same factors. Beyond
+            # T the load of 1/den gives 0.
+            phi *= tl.load(inv_den + t, mask=t < T, other=0.0)
+            y_column = -tl.load(delta + t, mask=t < T, other=0.0)  # [STEP, 1]
+        else:
+            # φ(k) meets v for S, and 1 for z. Beyond T that must be a 0: the constant feature is not.
             y_column = (t < T).to(tl.float32)
-            phi = (xa * xb * c).to(DTYPE)
-        S_transposed = tl.dot(tl.trans(y_tile.to(DTYPE)), phi, S_transposed, input_precision=PRECISION)
+        phi = phi.to(DTYPE)
+        S_transposed = tl.dot(tl.trans(y_tile), phi, S_transposed, input_precision=PRECISION)
         z += phi.to(tl.float32) * y_column
 
     tl.store(states + f[:, None] * DV + e, tl.trans(S_transposed), mask=e < DV)
@@ -249,13 +321,19 @@ def state_kernel(
 def state_reference(x, y, column, table):
     """What one segment adds: x (N, M, D), y (N, M, DV), column (N, M, 1) -> S and z side by side, (N, P_PAD, DV + 1).
 
-    Forward: k, v and ones. In reverse: q, do/den and −δ/den.
+    Forward: k, v and ones. In reverse: q, do/den and −δ/den; in a sum of products it does not matter which factor is
+    divided by den, and the kernel divides φ.
     """
     return features_reference(x, table).mT @ torch.cat([y, column], dim=-1)
 
 
-# The scan. A program carries COLUMNS numbers of a head's state through all its slots, ROWS slots at a time: tl.cumsum
-# inside those, a running total from one set to the next. No atomics here or elsewhere: two runs give the same bits.
+# The scan. A program carries COLUMNS numbers of a head's state through all its slots, ROWS slots at
+# a time: tl.cumsum inside those, a running total from one set to the next.
+#
+# No atomics here or elsewhere: an atomic addition takes its terms in the order in which programs
+# happen to end, and a float32 sum depends on the order. Without them two runs give the same bits.
+# Hence two kernels backward, one that owns queries and one that owns keys, not one that adds into
+# dq.
 @triton.jit
 def scan_kernel(states, slots, STATE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Prefix sums over the slots (N, slots, STATE), in place."""
@@ -265,7 +343,7 @@ def scan_kernel(states, slots, STATE: tl.constexpr, ROWS: tl.constexpr, COLUMNS:
     states += n * slots * STATE
     total = tl.zeros((COLUMNS,), tl.float32)
     for start in range(0, slots, ROWS):
-        slot = (start + tl.arange(0, ROWS)).to(tl.int64)
+        slot = (start + tl.arange(0, ROWS)).to(tl.int64)  # slot · STATE may exceed 2³¹
         where = states + slot[:, None] * STATE + column[None, :]
         mask = (slot[:, None] < slots) & (column[None, :] < STATE)
         x = tl.load(where, mask=mask, other=0.0)  # [ROWS, COLUMNS]
@@ -280,22 +358,33 @@ def scan_reference(states):
 
 # 4. The output: steps 1 to 3 of 02
 #
-# den sums the *rounded* weights, those that multiply v. Then the weights add up to 1 exactly, and o_0 is v_0. The sum
-# is a tl.dot as well, with 16 columns of ones: the tensor cores add faster than a reduction over [TILE, STEP] would.
+# den sums the *rounded* weights, those that multiply v. Inside a segment the weights w/den then add
+# up to 1 exactly (as float32 goes), and o_0 is v_0; with a state, which is rounded for num but not
+# for den, they do so to the precision of DTYPE. The sum is a tl.dot as well, with columns of ones,
+# 16 of them because tl.dot takes no fewer. This is what makes den see rounded weights where tf32
+# rounds them, inside tl.dot; and tensor cores should add faster than a reduction over [TILE, STEP].
 #
-# What rounding takes from o. The backward pass subtracts δ_i = do_i·o_i from do_i·v_j and divides by den_i. Where o is
-# close to v_j, as in the first rows of a sequence, which have few keys to choose from, the two nearly cancel, and den
-# can be 1e-6 there. An o rounded to bfloat16 is right to three digits: the difference would be noise, and 1/den would
-# make it large. So this kernel stores o for the model, and `rounding_error`, what rounding took from o, for the
-# backward pass: their sum is o to five digits. (With values that differ in their last bit only, dq is off by a factor
-# of 9 without it and by 2 % with it.) It costs a tenth of all bytes; to sum δ anew from all weights would take as long
-# as dq.
+# What rounding takes from o. The backward pass subtracts δ_i = do_i·o_i from do_i·v_j and divides
+# by den_i. Where o is close to v_j, as in the first rows of a sequence, which have few keys to
+# choose from, the two nearly cancel, and den can be 1e-6 there. An o rounded to bfloat16 is right
+# to three digits: the difference would be noise, and 1/den would make it large. So this kernel
+# stores o for the model, and `rounding_error`, what rounding took from o, for the backward pass:
+# their sum is o to five digits. (With values that differ in their last bit only, dq is off by a
+# factor of 9 without it and by 2 % with it.) It costs a tenth of all bytes; to sum δ anew from all
+# weights would take as long as dq. In float32 it is all 0, and stored nevertheless: one kernel less
+# to compile.
+#
+# Earlier segments have the same difference, S do − δ z, and there S is rounded to DTYPE while z is
+# not, as R in R v + r. These rows have more than a segment of keys and no tiny den: in bfloat16 the
+# rounded S alone moves dq by 1e-3 to 2e-3, of the 5e-3 that its error is, and R moves dk by less.
+# But it is a limit: if all values of a long sequence agree up to the last bit of bfloat16, what
+# comes to dq through states is noise, and dk is off by 5 %.
 @triton.jit
 def output_kernel(
     q, k, v, o, rounding_error, inv_den, table, states, scale, shift, floor, T, slots, first,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, P_PAD: tl.constexpr,
-    SEGMENT: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
-    ONES: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    P_PAD: tl.constexpr, SEGMENT: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr, ONES: tl.constexpr,
 ):
     """A program makes TILE rows of o. first: the first segment with something before it (0 with an initial state)."""
     tiles = tl.cdiv(T, TILE)
@@ -307,6 +396,8 @@ def output_kernel(
     v += n * T * DV
     o += n * T * DV
     rounding_error += n * T * DV
+    inv_den += n * T
+    states += (n * slots + segment) * P_PAD * (DV + 1)
     i = start + tl.arange(0, TILE)[:, None]  # [TILE, 1]
     d = tl.arange(0, BLOCK_D)[None, :]  # [1, BLOCK_D]
     e = tl.arange(0, BLOCK_DV)[None, :]
@@ -315,42 +406,43 @@ def output_kernel(
     num = tl.zeros((TILE, BLOCK_DV), tl.float32)
     den = tl.zeros((TILE, 16), tl.float32)
 
-    # Step 1. Inside the segment: the quadratic form.
+    # Step 1. Inside the segment: the quadratic form. SEGMENT is a multiple of TILE, and TILE of STEP:
+    # a tile lies in one segment, and a step is either before the tile or inside it.
     for past in range(segment * SEGMENT, start + TILE, STEP):
         j = past + tl.arange(0, STEP)
         rows = j[:, None]  # [STEP, 1]
-        k_tile = tl.load(k + rows * D + d, mask=(rows < T) & (d < D), other=0.0)
-        v_tile = tl.load(v + rows * DV + e, mask=(rows < T) & (e < DV), other=0.0)
-        u = tl.dot(q_tile, tl.trans(k_tile.to(DTYPE)), input_precision=PRECISION) * scale + shift  # [TILE, STEP]
-        w = u * u + floor
-        if past >= start:  # on the diagonal: keys after the query weigh 0, and those beyond T are among them
-            w = tl.where(i >= j[None, :], w, 0.0)
+        k_tile = tl.load(k + rows * D + d, mask=(rows < T) & (d < D), other=0.0).to(DTYPE)
+        v_tile = tl.load(v + rows * DV + e, mask=(rows < T) & (e < DV), other=0.0).to(DTYPE)
+        # u = scale·(q·k) + shift,  w = u² + floor
+        u = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale + shift
+        w = u * u + floor  # [TILE, STEP]
+        if past >= start:  # on the diagonal: keys after the query weigh 0
+            w = tl.where(i >= j[None, :], w, 0.0)  # a key beyond T comes after every query that is stored
         w = w.to(DTYPE)
-        num = tl.dot(w, v_tile.to(DTYPE), num, input_precision=PRECISION)
+        num = tl.dot(w, v_tile, num, input_precision=PRECISION)
         den = tl.dot(w, ones, den, input_precision=PRECISION)
-    den = tl.sum(den, 1, keep_dims=True) / 16  # [TILE, 1]; the 16 columns are equal
+    den = tl.max(den, 1, keep_dims=True)  # [TILE, 1]: the 16 columns are equal, any would do
 
     # Step 2. All segments before: the state, read by φ(q), BLOCK_F features at a time.
     if segment >= first:
-        states += (n * slots + segment) * P_PAD * (DV + 1)
         for block in range(0, P_PAD, BLOCK_F):
             f = block + tl.arange(0, BLOCK_F)
-            S = tl.load(states + f[:, None] * DV + e, mask=e < DV, other=0.0)
+            S = tl.load(states + f[:, None] * DV + e, mask=e < DV, other=0.0).to(DTYPE)
             z = tl.load(states + P_PAD * DV + f)
-            xa, xb, c, _, _ = factors(q_tile, table, f, P_PAD, BLOCK_D, DTYPE, PRECISION, ONES)
-            phi = (xa * xb * c).to(DTYPE)  # [TILE, F]
-            num = tl.dot(phi, S.to(DTYPE), num, input_precision=PRECISION)
+            xa, xb, root, _, _ = factors(q_tile, table, f, P_PAD, BLOCK_D, DTYPE, PRECISION, ONES)
+            phi = (xa * xb * root).to(DTYPE)  # [TILE, F]
+            num = tl.dot(phi, S, num, input_precision=PRECISION)
             den += tl.sum(phi.to(tl.float32) * z[None, :], 1, keep_dims=True)
 
-    # Step 3. One division.
+    # Step 3. One division. Rows beyond T are divided too, and not stored.
     inv = 1 / (den + EPS_ON_CHIP)
     exact = num * inv
     rounded = exact.to(o.dtype.element_ty)
-    where = i * DV + e
+    lost = (exact - rounded.to(tl.float32)).to(rounding_error.dtype.element_ty)
     mask = (i < T) & (e < DV)
-    tl.store(o + where, rounded, mask=mask)
-    tl.store(rounding_error + where, (exact - rounded.to(tl.float32)).to(rounding_error.dtype.element_ty), mask=mask)
-    tl.store(inv_den + n * T + i, inv, mask=i < T)
+    tl.store(o + i * DV + e, rounded, mask=mask)
+    tl.store(rounding_error + i * DV + e, lost, mask=mask)
+    tl.store(inv_den + i, inv, mask=i < T)
 
 
 def output_reference(q, k, v, state, table, coefficients):
@@ -365,16 +457,20 @@ def output_reference(q, k, v, state, table, coefficients):
 
 # 5. Backward, the queries
 #
-# The same walk as in the output: the keys before a query, then the state. 1/den is the same for every term of a query,
-# so it comes last. δ is stored on the way: the kernels of the next section read it.
+# The same walk as in the output: the keys before a query, then the state. 1/den is the same for
+# every term of a query, so it comes last. 2·scale is the same for every term inside the segment and
+# comes before the state, whose features have scale in their roots. δ is stored on the way: the
+# kernels of the next section read it. (floor has no gradient; it is there because all three kernels
+# of tiles are launched alike.)
 @triton.jit
 def query_kernel(
-    q, k, v, do, o, rounding_error, dq, inv_den, delta, table, states, scale, shift, floor, T, slots, first,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, P_PAD: tl.constexpr,
-    SEGMENT: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
-    ONES: tl.constexpr,
+    q, k, v, do, o, rounding_error, dq, inv_den, delta, table, states,
+    scale, shift, floor, T, slots, first,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    P_PAD: tl.constexpr, SEGMENT: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr, ONES: tl.constexpr,
 ):
-    """A program makes TILE rows of dq and of δ."""
+    """A program makes TILE rows of dq and of δ. first: as in `output_kernel`."""
     tiles = tl.cdiv(T, TILE)
     start = tl.program_id(0) % tiles * TILE
     n = (tl.program_id(0) // tiles).to(tl.int64)
@@ -386,6 +482,9 @@ def query_kernel(
     o += n * T * DV
     rounding_error += n * T * DV
     dq += n * T * D
+    inv_den += n * T
+    delta += n * T
+    states += (n * slots + segment) * P_PAD * (DV + 1)
     i = start + tl.arange(0, TILE)[:, None]  # [TILE, 1]
     d = tl.arange(0, BLOCK_D)[None, :]  # [1, BLOCK_D]
     e = tl.arange(0, BLOCK_DV)[None, :]
@@ -393,43 +492,42 @@ def query_kernel(
     q_tile = tl.load(q + i * D + d, mask=(i < T) & (d < D), other=0.0).to(DTYPE)
     do_tile = tl.load(do + i * DV + e, mask=row_mask, other=0.0).to(DTYPE)
 
-    # δ, from an o that was not rounded
+    # δ_i = do_i·o_i, from an o that was not rounded
     o_tile = tl.load(o + i * DV + e, mask=row_mask, other=0.0).to(tl.float32)
     o_tile += tl.load(rounding_error + i * DV + e, mask=row_mask, other=0.0).to(tl.float32)
     delta_tile = tl.sum(do_tile.to(tl.float32) * o_tile, 1, keep_dims=True)  # [TILE, 1]
-    tl.store(delta + n * T + i, delta_tile, mask=i < T)
+    tl.store(delta + i, delta_tile, mask=i < T)
 
-    # Inside the segment: du_ij, up to its factor 2/den_i
+    # Inside the segment: dw = do·v − δ and du/2 = u dw, both without their 1/den
     dq_tile = tl.zeros((TILE, BLOCK_D), tl.float32)
     for past in range(segment * SEGMENT, start + TILE, STEP):
         j = past + tl.arange(0, STEP)
         rows = j[:, None]  # [STEP, 1]
         k_tile = tl.load(k + rows * D + d, mask=(rows < T) & (d < D), other=0.0).to(DTYPE)
-        v_tile = tl.load(v + rows * DV + e, mask=(rows < T) & (e < DV), other=0.0)
-        u = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale + shift  # [TILE, STEP]
-        dw = tl.dot(do_tile, tl.trans(v_tile.to(DTYPE)), input_precision=PRECISION) - delta_tile
-        du = dw * u
+        v_tile = tl.load(v + rows * DV + e, mask=(rows < T) & (e < DV), other=0.0).to(DTYPE)
+        u = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale + shift
+        dw = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION) - delta_tile
+        half_du = dw * u  # [TILE, STEP]
         if past >= start:
-            du = tl.where(i >= j[None, :], du, 0.0)
-        dq_tile = tl.dot(du.to(DTYPE), k_tile, dq_tile, input_precision=PRECISION)
+            half_du = tl.where(i >= j[None, :], half_du, 0.0)
+        dq_tile = tl.dot(half_du.to(DTYPE), k_tile, dq_tile, input_precision=PRECISION)
     dq_tile *= 2 * scale
 
-    # All segments before: the gradient of φ(q), carried back by the one-hot matrices
+    # All segments before: dφ(q) = S do − δ z, without its 1/den, times root for the product rule; then
+    # the one-hot matrices carry it back to q.
     if segment >= first:
-        states += (n * slots + segment) * P_PAD * (DV + 1)
         for block in range(0, P_PAD, BLOCK_F):
             f = block + tl.arange(0, BLOCK_F)
-            S = tl.load(states + f[:, None] * DV + e, mask=e < DV, other=0.0)
+            S = tl.load(states + f[:, None] * DV + e, mask=e < DV, other=0.0).to(DTYPE)
             z = tl.load(states + P_PAD * DV + f)
-            xa, xb, c, A, B = factors(q_tile, table, f, P_PAD, BLOCK_D, DTYPE, PRECISION, ONES)
-            dphi = tl.dot(do_tile, tl.trans(S.to(DTYPE)), input_precision=PRECISION)  # [TILE, F]
-            dphi = (dphi - delta_tile * z[None, :]) * c
+            xa, xb, root, A, B = factors(q_tile, table, f, P_PAD, BLOCK_D, DTYPE, PRECISION, ONES)
+            dphi = tl.dot(do_tile, tl.trans(S), input_precision=PRECISION)  # [TILE, F]
+            dphi = (dphi - delta_tile * z[None, :]) * root
             dq_tile = tl.dot((dphi * xb).to(DTYPE), tl.trans(A), dq_tile, input_precision=PRECISION)
             dq_tile = tl.dot((dphi * xa).to(DTYPE), tl.trans(B), dq_tile, input_precision=PRECISION)
 
-    inv = tl.load(inv_den + n * T + i, mask=i < T, other=0.0)
-    dq_tile = (dq_tile * inv).to(dq.dtype.element_ty)
-    tl.store(dq + i * D + d, dq_tile, mask=(i < T) & (d < D))
+    dq_tile *= tl.load(inv_den + i, mask=i < T, other=0.0)
+    tl.store(dq + i * D + d, dq_tile.to(dq.dtype.element_ty), mask=(i < T) & (d < D))
 
 
 def query_reference(q, k, v, do, o, inv_den, state, table, coefficients):
@@ -445,22 +543,25 @@ def query_reference(q, k, v, do, o, inv_den, state, table, coefficients):
 
 # 6. Backward, the keys and values
 #
-# A program owns TILE keys and walks over the queries *after* them in its segment; those of later segments come in
-# through R and r, the states of the mirror. Here 1/den belongs to the index that is summed over, so it cannot come
-# last: it goes into the weights while these are float32 (1/den alone reaches 1e5 and more; w/den is at most 1).
-# Queries beyond T have 1/den = 0.
+# A program owns TILE keys and walks over the queries *after* them in its segment; those of later
+# segments come in through R and r, the states of the mirror. Here 1/den belongs to the index that
+# is summed over, so it cannot come last. It goes into the weights, while these are float32: w/den
+# is at most 1, where 1/den alone can reach 1/ε, and du gets it after its subtraction. In do it would
+# be rounded once more, and the nearly equal do·v and δ would no longer fit each other. Queries
+# beyond T have 1/den = 0.
 @triton.jit
 def key_kernel(
     q, k, v, do, dk, dv, inv_den, delta, table, states, scale, shift, floor, T, slots, first,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, P_PAD: tl.constexpr,
-    SEGMENT: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
-    ONES: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    P_PAD: tl.constexpr, SEGMENT: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr, ONES: tl.constexpr,
 ):
     """A program makes TILE rows of dk and dv. first: 0 if the final state has a gradient, else 1."""
     tiles = tl.cdiv(T, TILE)
     start = tl.program_id(0) % tiles * TILE
     n = (tl.program_id(0) // tiles).to(tl.int64)
     segment = start // SEGMENT
+    after = tl.cdiv(T, SEGMENT) - 1 - segment  # in the mirror, a segment's slot is their number
     q += n * T * D
     k += n * T * D
     v += n * T * DV
@@ -469,6 +570,7 @@ def key_kernel(
     dv += n * T * DV
     inv_den += n * T
     delta += n * T
+    states += (n * slots + after) * P_PAD * (DV + 1)
     j = start + tl.arange(0, TILE)[:, None]  # [TILE, 1]
     d = tl.arange(0, BLOCK_D)[None, :]  # [1, BLOCK_D]
     e = tl.arange(0, BLOCK_DV)[None, :]
@@ -484,32 +586,33 @@ def key_kernel(
         i = later + tl.arange(0, STEP)
         rows = i[:, None]  # [STEP, 1]
         q_tile = tl.load(q + rows * D + d, mask=(rows < T) & (d < D), other=0.0).to(DTYPE)
-        do_tile = tl.load(do + rows * DV + e, mask=(rows < T) & (e < DV), other=0.0)
-        do_tile = do_tile.to(DTYPE)
+        do_tile = tl.load(do + rows * DV + e, mask=(rows < T) & (e < DV), other=0.0).to(DTYPE)
         inv = tl.load(inv_den + i, mask=i < T, other=0.0)[None, :]
         delta_tile = tl.load(delta + i, mask=i < T, other=0.0)[None, :]
         u = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION) * scale + shift
+        # w/den = (u² + floor)/den
         u_inv = u * inv
-        w = u * u_inv + floor * inv  # w/den
-        du = (tl.dot(v_tile, tl.trans(do_tile), input_precision=PRECISION) - delta_tile) * u_inv  # half of du
-        if later < start + TILE:
+        w = u * u_inv + floor * inv
+        # du/2 = u (do·v − δ)/den
+        dw = tl.dot(v_tile, tl.trans(do_tile), input_precision=PRECISION) - delta_tile
+        half_du = dw * u_inv
+        if later < start + TILE:  # on the diagonal: a key does not reach the queries before it
             w = tl.where(i[None, :] >= j, w, 0.0)
-            du = tl.where(i[None, :] >= j, du, 0.0)
+            half_du = tl.where(i[None, :] >= j, half_du, 0.0)
         dv_tile = tl.dot(w.to(DTYPE), do_tile, dv_tile, input_precision=PRECISION)
-        dk_tile = tl.dot(du.to(DTYPE), q_tile, dk_tile, input_precision=PRECISION)
+        dk_tile = tl.dot(half_du.to(DTYPE), q_tile, dk_tile, input_precision=PRECISION)
     dk_tile *= 2 * scale
 
-    # All segments after: slot m of the mirror is what comes after the segment that has m segments after it
-    after = tl.cdiv(T, SEGMENT) - 1 - segment
+    # All segments after: dv = Rᵀφ(k) and dφ(k) = R v + r, times root for the product rule
     if after >= first:
-        states += (n * slots + after) * P_PAD * (DV + 1)
         for block in range(0, P_PAD, BLOCK_F):
             f = block + tl.arange(0, BLOCK_F)
             R = tl.load(states + f[:, None] * DV + e, mask=e < DV, other=0.0).to(DTYPE)
             r = tl.load(states + P_PAD * DV + f)
-            xa, xb, c, A, B = factors(k_tile, table, f, P_PAD, BLOCK_D, DTYPE, PRECISION, ONES)
-            dv_tile = tl.dot((xa * xb * c).to(DTYPE), R, dv_tile, input_precision=PRECISION)
-            dphi = (tl.dot(v_tile, tl.trans(R), input_precision=PRECISION) + r[None, :]) * c  # [TILE, F]
+            xa, xb, root, A, B = factors(k_tile, table, f, P_PAD, BLOCK_D, DTYPE, PRECISION, ONES)
+            phi = (xa * xb * root).to(DTYPE)  # [TILE, F]
+            dv_tile = tl.dot(phi, R, dv_tile, input_precision=PRECISION)
+            dphi = (tl.dot(v_tile, tl.trans(R), input_precision=PRECISION) + r[None, :]) * root
             dk_tile = tl.dot((dphi * xb).to(DTYPE), tl.trans(A), dk_tile, input_precision=PRECISION)
             dk_tile = tl.dot((dphi * xa).to(DTYPE), tl.trans(B), dk_tile, input_precision=PRECISION)
 
@@ -531,13 +634,14 @@ def key_reference(q, k, v, do, inv_den, delta, state_after, table, coefficients)
 
 # 7. The launches
 #
-# bfloat16 is multiplied as it is. float16 is multiplied as tf32, which has its 10 bits and a range that a sum over 64k
-# tokens does not leave. float32 is multiplied exactly. Factors of four bytes take twice the room, so they come in tiles
-# of half the size.
+# bfloat16 is multiplied as it is. float16 is multiplied as tf32: a state is a sum over up to all
+# tokens and itself a factor, and as float16 it would overflow near 64k tokens; tf32 has float16's
+# 10 bits and float32's range. float32 is multiplied exactly. Factors of four bytes take twice the
+# room, so tiles have half as many rows then, and steps are half as long.
 def compiler_arguments(kernel, D, DV, P_PAD, dtype, segment, ones):
     """The tl.constexpr arguments of a kernel by name, num_warps and num_stages. dtype: that of v."""
-    half = dtype == torch.bfloat16
-    tile = min(TILE if half else TILE // 2, segment)
+    is_bfloat16 = dtype == torch.bfloat16
+    tile = min(TILE if is_bfloat16 else TILE // 2, segment)
     known = {
         "D": D,
         "DV": DV,
@@ -546,27 +650,36 @@ def compiler_arguments(kernel, D, DV, P_PAD, dtype, segment, ones):
         "BLOCK_DV": max(16, triton.next_power_of_2(DV)),
         "SEGMENT": segment,
         "TILE": tile,
-        "STEP": STEP if half else STEP // 2,
-        "DTYPE": tl.bfloat16 if half else tl.float32,
+        "STEP": STEP if is_bfloat16 else STEP // 2,
+        "DTYPE": tl.bfloat16 if is_bfloat16 else tl.float32,
         "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
         "ONES": ones,
     }
     arguments = {name: known[name] for name in kernel.arg_names if name in known}
 
-    # Tensor cores want 16 rows of a tile for each warp. Exact float32 does without them, and has more to hold.
+    # Tensor cores want 16 rows of a tile for each warp: 8 warps (256 threads) for 128 rows, 4 for 64.
+    # Exact float32 does without tensor cores, and 8 warps give it more registers for what it holds.
     arguments["num_warps"] = 8 if tile == 128 or dtype == torch.float32 else 4
-    # Stages: how many steps' loads are on their way while one is computed.
+
+    # So many steps are in work at once: while one is computed, the others' loads are under way.
     arguments["num_stages"] = 3
-    if kernel is state_kernel:  # 64 rows of S. 10 KB a step for each of four programs keep memory busy with two stages
+    if kernel is state_kernel:
+        # 64 rows of S make 4 warps, 128 threads; by their registers, four such programs share a
+        # multiprocessor of an H100. Each loads 10 KB a step, so two stages should keep its memory busy.
         arguments["num_warps"] = 4
         arguments["num_stages"] = 2
-    if kernel is key_kernel and dtype == torch.float16:  # two tiles of four-byte factors in four warps: no room to wait
+    if kernel is key_kernel and dtype == torch.float16:
+        # Two tiles of four-byte factors in 128 threads use up an A100's registers: with two stages,
+        # 24 bytes of each thread would spill, with three 88.
         arguments["num_stages"] = 1
     return arguments
 
 
 def launch_states(x, y, inv_den, delta, table, states, edge, coefficients, segment, reverse):
-    """Fill all slots: slot 0 with `edge` (or 0), the others with what came before (in reverse: what comes after)."""
+    """Fill all slots (N, slots, STATE): what came before a segment, in reverse what comes after.
+
+    edge: (N, STATE) for slot 0, or None for zeros; reverse: the constexpr REVERSE.
+    """
     N, T, D = x.shape
     slots = states.shape[1]
     if slots == 0:
@@ -578,67 +691,83 @@ def launch_states(x, y, inv_den, delta, table, states, edge, coefficients, segme
     ones = reads_ones(coefficients)
     arguments = compiler_arguments(state_kernel, D, y.shape[2], P_PAD, y.dtype, segment, ones)
     grid = (N * (slots - 1) * (P_PAD // BLOCK_F.value),)
-    state_kernel[grid](x, y, inv_den, delta, table, states, T, slots, REVERSE=reverse, **arguments)
+    state_kernel[grid](
+        x, y, inv_den, delta, table, states, T, slots, REVERSE=reverse, **arguments
+    )
     numbers = states.shape[2]
     grid = (N * triton.cdiv(numbers, COLUMNS),)
     scan_kernel[grid](states, slots, STATE=numbers, ROWS=ROWS, COLUMNS=COLUMNS)
 
 
 def launch_tiles(kernel, tensors, table, states, first, coefficients, segment):
-    """Run a kernel on all tiles of all heads; tensors: what it takes before the table, q, k and v first."""
-    q, _, v, *_ = tensors
+    """Run a kernel on all tiles of all heads.
+
+    tensors: what its signature has before `table`, in the same order, for they are passed by position: q, k, v first.
+    """
+    q = tensors[0]
+    v = tensors[2]
     N, T, D = q.shape
-    arguments = compiler_arguments(kernel, D, v.shape[2], table.shape[1], v.dtype, segment, reads_ones(coefficients))
-    square = complete_square(coefficients, D)
+    P_PAD = table.shape[1]
+    ones = reads_ones(coefficients)
+    arguments = compiler_arguments(kernel, D, v.shape[2], P_PAD, v.dtype, segment, ones)
+    scale, shift, floor, _ = complete_square(coefficients, D)
     grid = (N * triton.cdiv(T, arguments["TILE"]),)
-    kernel[grid](
-        *tensors, table, states, square.scale, square.shift, square.floor, T, states.shape[1], first, **arguments
-    )
+    slots = states.shape[1]
+    kernel[grid](*tensors, table, states, scale, shift, floor, T, slots, first, **arguments)
 
 
 # 8. Two operations for PyTorch
 #
-# As custom operations, with a description of their outputs ("fake") and a gradient, they pass through torch.compile.
-# For the backward pass stay q, k, v, o, what rounding took from o, 1/den, and the states (81 bytes a token and head).
+# As custom operations, with a description of their outputs ("fake") and a gradient, they pass
+# through torch.compile. For the backward pass stay q, k, v, o, what rounding took from o, 1/den,
+# and the states: in bfloat16 at D = 16, DV = 64 these are 533 bytes a token and head, 81 of them
+# states.
 def empty_states(q, v, table, edge, segment, keep):
     """Room for states (N, slots, STATE) and for the sum of all segments (N, STATE; N, 0 if it is not kept)."""
     N, T, _ = q.shape
-    state = table.shape[1] * (v.shape[2] + 1)
+    numbers = table.shape[1] * (v.shape[2] + 1)
     slots = count_slots(T, segment, edge is not None, keep)
-    states = q.new_empty(N, slots, state, dtype=torch.float32)
-    final = q.new_empty(N, state if keep else 0, dtype=torch.float32)
-    return states, final
+    states = q.new_empty(N, slots, numbers, dtype=torch.float32)
+    whole = q.new_empty(N, numbers if keep else 0, dtype=torch.float32)
+    return states, whole
 
 
 def empty_outputs(q, k, v, initial, table, coefficients, segment, keep):
     """Room for o, rounding_error, 1/den (N, T), the states and the final one."""
+    o = torch.empty_like(v)
     rounding_error = torch.empty_like(v, dtype=torch.bfloat16)
     inv_den = q.new_empty(q.shape[:2], dtype=torch.float32)
-    return torch.empty_like(v), rounding_error, inv_den, *empty_states(q, v, table, initial, segment, keep)
+    states, final = empty_states(q, v, table, initial, segment, keep)
+    return o, rounding_error, inv_den, states, final
 
 
 @torch.library.custom_op("rebased::triton_forward", mutates_args=())
 def forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, initial: torch.Tensor | None, table: torch.Tensor,
-    coefficients: list[float], segment: int, keep: bool,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, initial: torch.Tensor | None,
+    table: torch.Tensor, coefficients: list[float], segment: int, keep: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Contiguous (N, T, size), initial (N, STATE) -> what `empty_outputs` lists, filled. keep: make the final state."""
     outputs = empty_outputs(q, k, v, initial, table, coefficients, segment, keep)
     o, rounding_error, inv_den, states, final = outputs
     first = 1 if initial is None else 0
     with torch.cuda.device_of(q):
-        launch_states(k, v, inv_den, inv_den, table, states, initial, coefficients, segment, reverse=False)
+        # Without REVERSE, 1/den and δ are not read: inv_den, still empty, only fills their places.
+        launch_states(
+            k, v, inv_den, inv_den, table, states, initial, coefficients, segment, reverse=False
+        )
         tensors = (q, k, v, o, rounding_error, inv_den)
         launch_tiles(output_kernel, tensors, table, states, first, coefficients, segment)
         if keep:
-            final.copy_(states[:, -1])  # a copy: it outlives the other slots
+            # A copy: outputs of an operation may not share memory, and a view would keep all slots alive.
+            final.copy_(states[:, -1])
     return outputs
 
 
 @torch.library.custom_op("rebased::triton_backward", mutates_args=())
 def backward(
-    do: torch.Tensor, d_final: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-    table: torch.Tensor, o: torch.Tensor, rounding_error: torch.Tensor, inv_den: torch.Tensor, states: torch.Tensor,
+    do: torch.Tensor, d_final: torch.Tensor | None,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, table: torch.Tensor,
+    o: torch.Tensor, rounding_error: torch.Tensor, inv_den: torch.Tensor, states: torch.Tensor,
     coefficients: list[float], segment: int, had_initial: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """-> dq, dk, dv, and the gradient of the initial state (N, STATE; N, 0 if there was none)."""
@@ -651,9 +780,12 @@ def backward(
     first = 0 if had_initial else 1
     first_in_mirror = 1 if d_final is None else 0
     with torch.cuda.device_of(q):
+        # The queries come first: their kernel makes the δ that the other two read.
         queries = (q, k, v, do, o, rounding_error, dq, inv_den, delta)
         launch_tiles(query_kernel, queries, table, states, first, coefficients, segment)
-        launch_states(q, do, inv_den, delta, table, R, d_final, coefficients, segment, reverse=True)
+        launch_states(
+            q, do, inv_den, delta, table, R, d_final, coefficients, segment, reverse=True
+        )
         keys = (q, k, v, do, dk, dv, inv_den, delta)
         launch_tiles(key_kernel, keys, table, R, first_in_mirror, coefficients, segment)
         if had_initial:
@@ -675,20 +807,26 @@ def setup_context(ctx, inputs, output):
 
 def differentiate(ctx, do, d_rounding_error, d_inv_den, d_states, d_final):
     """The gradients of forward's inputs; only o and the final state are ever used by others."""
+    q, k, v, table, o, rounding_error, inv_den, states = ctx.saved_tensors
     if do is None:
-        do = torch.zeros_like(ctx.saved_tensors[2])
-    if not ctx.kept_final:
+        do = torch.zeros_like(v)
+    if not ctx.kept_final:  # then it was empty, and so is its gradient
         d_final = None
-    dq, dk, dv, d_initial = backward(do, d_final, *ctx.saved_tensors, ctx.coefficients, ctx.segment, ctx.had_initial)
+    dq, dk, dv, d_initial = backward(
+        do, d_final, q, k, v, table, o, rounding_error, inv_den, states,
+        ctx.coefficients, ctx.segment, ctx.had_initial,
+    )
     if not ctx.had_initial:
         d_initial = None
     return dq, dk, dv, d_initial, None, None, None, None
 
 
-def fake_backward(do, d_final, q, k, v, table, o, rounding_error, inv_den, states, coefficients, segment, had_initial):
+def fake_backward(
+    do, d_final, q, k, v, table, o, rounding_error, inv_den, states, coefficients, segment, had_initial
+):
     """Tensors of the shapes that `backward` returns."""
-    final = table.shape[1] * (v.shape[2] + 1) if had_initial else 0
-    d_initial = q.new_empty(q.shape[0], final, dtype=torch.float32)
+    numbers = table.shape[1] * (v.shape[2] + 1) if had_initial else 0
+    d_initial = q.new_empty(q.shape[0], numbers, dtype=torch.float32)
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), d_initial
 
 
@@ -716,6 +854,8 @@ def why_not(q, k, v, coefficients):
         return f"the kernel must be of degree two, coefficients (c0, c1, c2) with c2 > 0; c2 is {coefficients[2]}"
     if coefficients[0] < 0 or coefficients[1] < 0:
         return "no coefficient may be negative: features multiply their square roots"
+    # A lowest weight c0 − c1²/(4·c2) below 0 is allowed here: the kernels compute what the definition
+    # says. The kernels of 01 have none.
     for x in (q, k, v):
         if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"products run in float32, bfloat16 or float16, not in {x.dtype}"
@@ -743,6 +883,26 @@ def card_problem(device):
     return None
 
 
+def check_shapes(q, k, v, S, z, coefficients):
+    """ValueError, in one line, where a kernel would read beyond the end of a tensor."""
+    fit = k.shape == q.shape and v.shape[:3] == q.shape[:3] and q.dim() == v.dim() == 4
+    if not fit or q.shape[2] < 1:
+        sizes = f"{tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
+        raise ValueError(
+            f"q, k must be (B, H, T, D) and v (B, H, T, DV), with T of 1 or more; they are {sizes}"
+        )
+    if S is None and z is None:
+        return
+    if S is None or z is None:
+        raise ValueError("S and z are one state: give both or neither")
+    B, H, _, D = q.shape
+    P = count_features(coefficients, D)
+    expected = (B, H, P, v.shape[3])
+    if S.shape != expected or z.shape != expected[:3]:
+        sizes = f"{tuple(S.shape)} and {tuple(z.shape)}"
+        raise ValueError(f"S must be {expected} and z {expected[:3]}; they are {sizes}")
+
+
 def chunked_attention(q, k, v, coefficients, S=None, z=None, return_state=False, segment=SEGMENT):
     """The chunked form: q, k (B, H, T, D), v (B, H, T, DV) -> o (B, H, T, DV), or (o, S, z) with return_state.
 
@@ -750,26 +910,20 @@ def chunked_attention(q, k, v, coefficients, S=None, z=None, return_state=False,
     earlier part of the sequence left, or None; features in the order of 01. segment: tokens between two states, 64 or a
     multiple of 128. Products are in the precision of v, sums in float32. First derivatives only.
 
-    Raises ValueError, in one line, for inputs beyond the limits that `why_not` names, and for another segment.
-    [2, section 4; 1, section 3.2]
+    Raises ValueError, in one line, for inputs beyond the limits that `why_not` names, for shapes that do not fit, and
+    for another segment. [2, section 4; 1, section 3.2]
     """
-    if k.shape != q.shape or v.shape[:3] != q.shape[:3] or not q.dim() == v.dim() == 4 or q.shape[2] < 1:
-        sizes = f"{tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
-        raise ValueError(f"q, k must be (B, H, T, D) and v (B, H, T, DV), with T of 1 or more; they are {sizes}")
     problem = why_not(q, k, v, coefficients)
     if problem:
         raise ValueError(f"no Triton kernel for these inputs: {problem}")
+    check_shapes(q, k, v, S, z, coefficients)
     if segment != 64 and (segment < 128 or segment % 128):
         raise ValueError(f"segment must be 64 or a multiple of 128 (whole tiles), got {segment}")
     B, H, T, D = q.shape
     DV = v.shape[-1]
     P = count_features(coefficients, D)
-    if (S is None) != (z is None):
-        raise ValueError("S and z are one state: give both or neither")
-    if S is not None and (S.shape != (B, H, P, DV) or z.shape != (B, H, P)):
-        sizes = f"{tuple(S.shape)} and {tuple(z.shape)}"
-        raise ValueError(f"S must be {(B, H, P, DV)} and z {(B, H, P)}, features in the order of 01; they are {sizes}")
-    coefficients = tuple(guard_scalar(float(c)) for c in coefficients)  # torch.compile: another floor, another graph
+    # Numbers, not symbols of torch.compile: the table is made of them, and another floor makes another graph.
+    coefficients = tuple(guard_scalar(float(c)) for c in coefficients)
     table = feature_table(coefficients, D, q.device)
     P_PAD = table.shape[1]
 
@@ -777,8 +931,10 @@ def chunked_attention(q, k, v, coefficients, S=None, z=None, return_state=False,
     if S is not None:
         S = torch.nn.functional.pad(S.float(), (0, 0, 0, P_PAD - P))  # (B, H, P_PAD, DV)
         z = torch.nn.functional.pad(z.float(), (0, P_PAD - P))
-        initial = torch.cat([S.flatten(2), z], dim=-1).flatten(0, 1)  # (N, P_PAD·DV + P_PAD)
-    q, k, v = (x.flatten(0, 1).contiguous() for x in (q, k, v))  # (N, T, size): a transposed view is copied here
+        initial = torch.cat([S.flatten(2), z], dim=-1).flatten(0, 1)  # (N, STATE)
+    q = q.flatten(0, 1).contiguous()  # (N, T, D): a transposed view is copied here
+    k = k.flatten(0, 1).contiguous()
+    v = v.flatten(0, 1).contiguous()
     o, _, _, _, final = forward(q, k, v, initial, table, list(coefficients), segment, return_state)
     o = o.unflatten(0, (B, H))
     if not return_state:
