@@ -559,14 +559,22 @@ if __name__ == "__main__":
 # when it is set to 0, and by more than .1 on the mean.
 
 # %%
+LEARNED = 0.9
+
+
 def read_tables(lines, lengths):
-    """A sentence on the longest context, and one on each floor that was set to 0."""
+    """On the longest context, on seeds that have not learned, on each floor that was set to 0."""
     T = max(lengths)
     found = []
     for title, results in lines.items():
         found.append(f"{title} {mean(values_of(results, T, 'uniform', 'accuracy')):.3f}")
     print(f"At {T:,} tokens, {T / Run.length:g} times the trained length, queries anywhere,")
     print(f"this share of them is answered right: {'; '.join(found)}.\n")
+    for title, results in lines.items():
+        at_first = values_of(results, min(lengths), "official", "accuracy")
+        learned = sum(accuracy >= LEARNED for accuracy in at_first)
+        if learned < len(results):
+            print(f"{title}: only {learned} of {len(results)} seeds have learned the task.\n")
     for title in lines:
         if f"{title}, floor 0" in lines:
             read_floor(title, lines[title], lines[f"{title}, floor 0"], lengths)
@@ -575,7 +583,7 @@ def read_tables(lines, lengths):
 def read_floor(title, as_trained, changed, lengths):
     """What setting the floor to 0 says about this kernel."""
     learned = mean(values_of(as_trained, min(lengths), "official", "accuracy"))
-    if learned < 0.9:
+    if learned < LEARNED:
         print(f"{title} has not learned the task, accuracy {learned:.3f} at {min(lengths)}:")
         print("longer contexts say nothing about its floor.\n")
         return

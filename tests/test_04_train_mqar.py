@@ -256,6 +256,16 @@ def test_the_reading_follows_the_numbers(at_128, before, after, says, capsys):
     assert says.replace("FILLER", "its share on filler from 0.800 to 0.200.") in capsys.readouterr().out
 
 
+def test_seeds_that_have_not_learned_are_named(capsys):
+    """A mean over models that recall and models that do not is never left alone."""
+    lines = made_up("softmax", 1.0, [1.0, 1.0], 0.0)
+    train_mqar.read_tables(lines, [128, 8192])
+    assert "have learned" not in capsys.readouterr().out
+    lines["softmax"] += made_up("softmax", 0.04, [0.03], 0.4)["softmax"]
+    train_mqar.read_tables(lines, [128, 8192])
+    assert "softmax: only 2 of 3 seeds have learned the task." in capsys.readouterr().out
+
+
 def test_tables_give_mean_spread_and_number(capsys):
     train_mqar.print_tables(made_up("Based", 1.0, [0.3, 0.4, 0.5], 0.8), [128, 8192])
     out = capsys.readouterr().out
