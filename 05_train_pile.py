@@ -1,44 +1,45 @@
 """05 · Language models: train them, measure them, let them speak
 
-Aim: take text to trained language models, and to numbers that can be trusted, with one program for a laptop and for
-many GPUs.
+Aim: take text to trained language models, and to numbers that can be trusted, with one program
+for a laptop and for many GPUs.
 
 You will learn
-  1. how to find a batch by computing: the place in the data is a function of the seed and the step;
+  1. how to find a batch by computing: its place in the data is a function of seed and step;
   2. how one update is the work of several forward passes, and of several processes;
   3. what a checkpoint must hold, so that a run may be killed at any moment;
-  4. how every token is scored once and with enough context, and what the mean over all tokens hides;
+  4. how every token is scored once and with enough context, and what the mean hides;
   5. bits per byte: where a model stands beside a program that only looks up repetitions.
 
 Equations
-  order           sequence n of a pass over the data begins at token T · ((a·n + b) mod N) + c
-  learning rate   rises to lr in `warmup` steps, then lr · (1 + cos(π·p)) / 2, where p goes from 0 to 1
+  order           sequence i of a pass over the data begins at token T · ((a·i + b) mod N) + c
+  learning rate   rises to lr in `warmup` steps, then falls: lr · (1 + cos(π · progress)) / 2,
+                  where progress goes from 0 to 1
   perplexity      exp(mean of −ln p(x_t | x_<t))
-  bits per byte   Σ −ln p(x_t | x_<t) / ln 2 / bytes of the text                                       [3, section 3.1]
+  bits per byte   Σ −ln p(x_t | x_<t) / ln 2 / bytes of the text                 [3, section 3.1]
 
-Letters: B batch, T length of a training sequence, V size of the vocabulary, N sequences in one pass over the data.
+Letters: B batch, T length of a training sequence, V size of the vocabulary, N sequences in one
+  pass over the data, i sequence of a pass; a, b, c whole numbers, see below; lr the highest
+  learning rate; p(x_t | x_<t) the model's probability of token x_t after all those before it.
 
 References
-  [1] Aksenov et al., Linear Transformers with Learnable Kernel Functions are Better In-Context Models, ACL 2024,
-      arXiv 2402.10644.
-  [2] Arora et al., Zoology: Measuring and Improving Recall in Efficient Language Models, ICLR 2024, arXiv 2312.04927.
-  [3] Gao et al., The Pile: An 800GB Dataset of Diverse Text for Language Modeling, arXiv 2101.00027.
+  [1] Aksenov et al., Linear Transformers with Learnable Kernel Functions are Better In-Context
+      Models, ACL 2024, arXiv 2402.10644.
+  [2] Arora et al., Zoology: Measuring and Improving Recall in Efficient Language Models,
+      ICLR 2024, arXiv 2312.04927.
+  [3] Gao et al., The Pile: An 800GB Dataset of Diverse Text for Language Modeling,
+      arXiv 2101.00027.
 
-Run: python 05_train_pile.py                          (3 minutes on two cores, nothing to download)
+Run: python 05_train_pile.py                 (3 minutes on two cores, nothing to download)
      python 05_train_pile.py --data FOLDER --set steps=1000 lr=0.002 --out runs/longer
-     torchrun --nproc-per-node 8 05_train_pile.py --preset paper --data FOLDER --mixers rebased --out runs/paper
+     torchrun --nproc-per-node 8 05_train_pile.py --preset paper --data FOLDER --out runs/paper
 """
 
 # %%
-import json
 import math
-import os
-import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -48,83 +49,49 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 
-from rebased import files, kernels, lesson, pile_report, pile_settings  # kernels: 01_kernels.py
+from rebased import files, kernels, lesson, pile_report, pile_run, pile_settings  # 01_kernels.py
 from rebased import model as models  # 03_model.py
 from rebased.lesson import Refusal
-from rebased.tokens import (
-    first_documents,
-    identity,
-    load_data,
-    make_vocabulary,
-    print_subsets,
-    subsets_of,
-)
+from rebased.pile_run import GO_ON, RANK, WORLD
+from rebased.tokens import first_documents, print_subsets, subsets_of
 
 # %% [markdown]
-# ## What is trained, and by how many
+# ## What is trained
 #
 # Everything that decides what is trained and how it is measured is a *setting*;
 # `rebased/pile_settings.py` says what each one means. The values below are those of a run of a few
 # minutes. `--set steps=400 lr=0.002` changes some of them, `--preset paper` takes the paper's [1,
 # App. C].
-#
-# `torchrun` starts several processes of this program and tells each its number. Alone, this is
-# process 0 of 1. Of several only the first speaks, and each has a GPU of its own, or some cores.
 
 # %%
-RANK = int(os.environ.get("RANK", 0))
-WORLD = int(os.environ.get("WORLD_SIZE", 1))
-GO_ON = "the same command with --resume goes on from the last checkpoint"
-
-
-def start(argv=None):
-    """(options, settings, device) of the command line. Raises Refusal for what cannot be run."""
-    options, settings = pile_settings.read_options(["attention", *kernels.KERNELS], argv)
-    sequences = settings.batch_tokens // settings.seq_len
-    if sequences % WORLD:
-        raise Refusal(f"{WORLD} processes cannot share a batch of {sequences}; change batch_tokens")
-    device = pile_settings.find_device(options.device)
-    if WORLD > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    if RANK > 0:
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")
-    return options, settings, device
-
-
 if __name__ == "__main__":
-    options, settings, device = lesson.obey(start, GO_ON)
-    source = lesson.provenance(Path(lesson.__file__).parents[1] / "05_train_pile.py")
-    started = time.perf_counter()
+    mixers = ["attention", *kernels.KERNELS]
+    options, settings, device, source = lesson.obey(lambda: pile_run.start(mixers), GO_ON)
     pile_settings.show(settings)
 
 # %% [markdown]
 # ## The data: one long row of tokens
 #
+# Without `--data` the text is what comes with Python: its library's source, the tests of it, and
+# its help texts. `--data FOLDER` takes files in the Pile's format.
+#
 # Text becomes tokens once, on the disk: all training documents one after the other in one file,
 # with a token behind each that says "the end". From then on the file is a *memory map*: an array
-# whose pages are read from the disk when they are used. Nothing is loaded, however large it is, and
-# several processes share the pages.
+# whose pages are read from the disk when they are used. Nothing is loaded, however large it is.
+# Our tokens are single bytes unless another tokenizer is asked for.
 #
-# A hash of its text decides whether a document is for validation. So it stays what it is in any
-# order, beside any other files, and so does every copy of it. Our tokens are single bytes unless
-# another tokenizer is asked for.
+# A hash of its text decides whether a document is for validation. So a document never changes
+# side, however files are ordered or added, and copies of it go the same way.
 #
-# The last column is what zlib needs for the validation text, in bits per byte. It knows no
-# language: it replaces what occurred in the last 32 KB by a reference. A model that needs more has
-# not yet learned as much as looking up repetitions. (`rebased/pile_data.py` and `rebased/tokens.py`
-# read files that may be broken, and say what they could not use.)
+# The table below has a row for each subset; its last column is what zlib needs for the validation
+# text, in bits per byte. zlib knows no language: it replaces what occurred in the last 32 KB by a
+# reference. A model that needs more has not yet learned as much as looking up repetitions.
+# (`rebased/pile_data.py` and `rebased/tokens.py` read files that may be broken, and say what they
+# could not use.)
 
 # %%
-def prepare_data(options, settings):
-    """The tokens of the text that was asked for; the first process makes them. Raises Refusal."""
-    vocabulary = make_vocabulary(settings.tokenizer, options.tokenizer_file)
-    data = load_data(options.data, vocabulary, settings.valid_share, options.tokens, main=RANK == 0)
-    first_documents(data, settings.eval_tokens)  # refuses now, not after hours of training
-    return data
-
-
 if __name__ == "__main__":
-    data = lesson.obey(lambda: prepare_data(options, settings), GO_ON)
+    data = lesson.obey(lambda: pile_run.prepare_data(options, settings), GO_ON)
     print_subsets(data)
 
 # %% [markdown]
@@ -135,10 +102,10 @@ if __name__ == "__main__":
 # hours. A shuffled list of all sequences would have to be stored (for the Pile some hundred million
 # numbers) or made again at every start, and a checkpoint would have to say how far one is in it.
 #
-# A formula needs neither. For whole numbers a and N without a common divisor, $(a \cdot n + b)
-# \bmod N$ takes every value below N exactly once as n goes from 0 to N − 1. With a near N/1.618
-# neighbours in a batch come from far apart. b and c are drawn anew for each pass, so that a pass
-# has an order of its own and cuts the row at other places.
+# A formula needs neither. For whole numbers a and N without a common divisor, $(a \cdot i + b)
+# \bmod N$ takes every value below N exactly once as i goes from 0 to N − 1. With a near N/1.618
+# neighbours in a batch come from far apart. b and c are drawn anew for each pass: with another b it
+# begins elsewhere in the same cycle, and with another c it cuts the row at other places.
 
 # %%
 def sequence_start(n, num_tokens, T, seed):
@@ -146,7 +113,7 @@ def sequence_start(n, num_tokens, T, seed):
     N = num_tokens // T - 1  # one less than fit: room for the shift c and the token after the last
     if N < 1:
         raise Refusal(f"{num_tokens:,} tokens are too few for sequences of {T}; lower seq_len")
-    epoch, i = divmod(n, N)  # sequence i of this pass
+    epoch, i = divmod(n, N)  # which pass, and which sequence of it
     a = max(1, int(N * (math.sqrt(5) - 1) / 2))
     while math.gcd(a, N) > 1:
         a += 1
@@ -164,16 +131,17 @@ def show_the_order(text="here every character is a token of the row", T=8):
         first = sequence_start(n, len(text), T, seed=0)
         sequence = text[first : first + T]
         following = text[first + 1 : first + T + 1]
-        print(f"pass {n // N}, sequence {n}: token {first:2}, {sequence!r} predicts {following!r}")
+        print(f"pass {n // N}, i = {n % N}: token {first:2}, {sequence!r} predicts {following!r}")
     print()
 
 
 def check_a_pass_visits_every_sequence_once():
     """Sequences of one pass do not overlap, and together they are all of it."""
+    N = 10_000 // 64 - 1
     for epoch in range(3):
-        sequences = range(epoch * 155, (epoch + 1) * 155)
+        sequences = range(epoch * N, (epoch + 1) * N)
         starts = sorted(sequence_start(n, 10_000, 64, seed=3) for n in sequences)
-        assert starts == [starts[0] + 64 * i for i in range(155)]
+        assert starts == [starts[0] + 64 * i for i in range(N)]
         assert starts[-1] + 64 < 10_000
 
 
@@ -182,8 +150,8 @@ if __name__ == "__main__":
     lesson.check(check_a_pass_visits_every_sequence_once)
 
 # %% [markdown]
-# So the number of a step says all about the place in the data. Each process takes its part of the
-# batch, and cuts it into *micro-batches*: what fits into memory at once.
+# So the number of a step says all about the place in the data. If several processes share the work,
+# each takes its part of the batch. It cuts that into *micro-batches*: what fits into memory at once.
 
 # %%
 def micro_batches(tokens, settings, step, rank=RANK, world=WORLD):
@@ -240,9 +208,11 @@ if __name__ == "__main__":
 # ## The optimiser
 #
 # AdamW, with weight decay on matrices only: a matrix that can do with smaller entries should, but
-# the scale of a norm, a bias, γ and β have no reason to be near zero. The learning rate rises for
-# some steps, because Adam's averages over the first few gradients are poor, and then falls along
-# half a cosine to 0.
+# the scale of a norm, a bias, γ and β have no reason to be near zero. The embedding is a matrix and
+# is decayed. (04 makes no such difference: there γ and β are decayed, too.)
+#
+# The learning rate rises for some steps, because Adam's averages over the first few gradients are
+# poor, and then falls along half a cosine to 0.
 
 # %%
 def make_optimizer(model, settings):
@@ -295,17 +265,16 @@ def next_token_losses(model, tokens):
     return losses.view_as(following)
 
 
-def add_gradients(model, parts):
+def add_gradients(model, parts, before_the_last=nullcontext):
     """Leave the gradient of the mean loss over these micro-batches in the parameters.
 
-    Returns that loss.
+    before_the_last: makes a context for every part but the last. Returns the loss.
     """
     sequences = sum(len(part) for part in parts)
     total = 0.0
     for i, part in enumerate(parts):
         last = i + 1 == len(parts)
-        several = isinstance(model, DistributedDataParallel)  # several processes: the next section
-        with model.no_sync() if several and not last else nullcontext():
+        with nullcontext() if last else before_the_last():
             loss = next_token_losses(model, part).mean() * (len(part) / sequences)
             loss.backward()
         total = total + loss.detach()
@@ -332,22 +301,30 @@ if __name__ == "__main__":
 # %% [markdown]
 # ## Several processes
 #
-# Each process has all weights and its own part of the batch. `DistributedDataParallel` wraps the
-# model: during the backward pass it averages the gradients of all processes, and since all began
-# with the same weights and make the same update, they stay the same. Of several micro-batches only
-# the last needs to do that; `no_sync` holds it back in the others.
+# `torchrun` starts several processes of this program and gives each a number, its *rank*. Started
+# alone, the program is process 0 of 1. Each process has a GPU of its own, or some cores; only the
+# first prints, logs and measures (`rebased/pile_run.py` sees to that).
+#
+# Each has all weights and its own part of the batch. `DistributedDataParallel` wraps the model:
+# during the backward pass it averages the gradients of all processes. That average is the gradient
+# of the whole batch only because the parts are equally long; so a number of processes that does not
+# divide the batch is refused. All began with the same weights and make the same update, and stay
+# the same. Of several micro-batches only the last needs to average: `no_sync` is the context that
+# holds it back in those before.
 #
 # Are two processes one? Up to rounding: a sum in another order differs by about 1e-7. In Based and
 # softmax the loss still agrees to 1e-6 after 50 steps. In ReBased it differs by 1e-3 after 25,
-# because the gradient of a nearly vanishing normaliser is large. So two such runs agree in their
-# first steps and in their statistics, not in every digit. The tests hold the gradient of the first
-# step to 1e-5, and the mean loss of 50 steps to the spread of seeds.
+# probably because the gradient of a nearly vanishing normaliser is large. So a test demands less of
+# two processes than equality: the gradient of the first step must be that of one process within
+# 1e-5, and the mean of ReBased's losses over 50 steps must differ by less than the standard
+# deviation of that mean over four seeds.
 
 # %%
 def make_ready(model, settings):
-    """The model as it is trained: blocks recomputed, compiled, in several processes, if so set."""
+    """The model as it is trained: with less memory, compiled, in several processes, if so set."""
     if settings.recompute:
         for block in model.blocks:
+            # activations are computed again in the backward pass
             block.forward = partial(recompute, block.forward, use_reentrant=False)
     if settings.compile:
         model = torch.compile(model)
@@ -367,10 +344,13 @@ def train_step(model, optimizer, data, settings, step):
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.zero_grad()
-    loss = add_gradients(model, micro_batches(data.train, settings, step))
+    parts = micro_batches(data.train, settings, step)
     if WORLD > 1:
-        dist.all_reduce(loss)
+        loss = add_gradients(model, parts, before_the_last=model.no_sync)
+        dist.all_reduce(loss)  # the sum over all processes
         loss = loss / WORLD
+    else:
+        loss = add_gradients(model, parts)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
     if not torch.isfinite(loss + norm):
         raise Refusal(f"step {step}: loss {loss:.3g}, gradient {norm:.3g}; lower lr. {GO_ON}")
@@ -382,52 +362,32 @@ def train_step(model, optimizer, data, settings, step):
 # ## A checkpoint
 #
 # What must be kept so that a run goes on as if nothing had happened? The weights; the two averages
-# that AdamW has for each weight; and the number of the step, which is the place in the data and in
-# the schedule of the learning rate. Training draws no random numbers, or their state would belong
-# here too. On one process the run then ends with the very bits of a run that was not interrupted: a
-# test kills one ten times to see that.
+# that AdamW has for each weight; and the number of the next step, which is the place in the data
+# and in the schedule of the learning rate. The log has one record a step, so its length is that
+# number. Training draws no random numbers, or their state would belong here too. On one process the
+# run then ends with the very bits of a run that was not interrupted: a test kills one ten times to
+# see that.
 #
 # The rest says which run this was, so that another cannot go on from it by mistake. All of it is
-# tensors and plain types, and to load it runs no code. It is written under another name, which is
-# changed when it is on the disk: a kill at any moment leaves the old file or the new one. At its
-# end stands a digest of everything, because `torch.load` by itself takes nine of ten files with one
+# tensors and plain types, and to load it runs no code. It is written to a temporary file, which is
+# renamed when it is complete: a kill at any moment leaves the old file or the new one. At its end
+# stands a digest of everything, because `torch.load` by itself takes nine of ten files with one
 # flipped bit for good.
 
 # %%
 def save_checkpoint(path, model, optimizer, log, mixer, settings, data):
     """Raises Refusal if it cannot be written; the one before is intact then."""
-    content = {
-        "format": 3,
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "log": log,  # a record for each step so far: their number is the number of the next step
-        "mixer": mixer,
-        "config": asdict(model.config),
-        "settings": asdict(settings),
-        "tokenizer": identity(data.vocabulary),
-        "data": [data.manifest["sources"], data.manifest["sizes"]],
-    }
+    content = pile_run.identity_of_run(mixer, model.config, settings, data)
+    content["model"] = model.state_dict()
+    content["optimizer"] = optimizer.state_dict()
+    content["log"] = log
     files.save_tensors(path, content)
 
 
-def load_checkpoint(path):
-    """The content of a checkpoint. Raises Refusal if it is none, or damaged."""
-    content = files.load_tensors(path)
-    if content.get("format") != 3:
-        raise Refusal(f"{path}: not a checkpoint of this program")
-    return content
-
-
 def restore(path, model, optimizer, mixer, settings, data):
-    """Put a checkpoint back; returns the records of its steps. Raises Refusal for another run's."""
-    found = load_checkpoint(path)
-    old = found["settings"] | {"mixer": found["mixer"]}
-    new = asdict(settings) | {"mixer": mixer}
-    name = pile_settings.differing_setting(old, new)
-    if name:
-        raise Refusal(f"{path} has {name} = {old.get(name)}, not {new[name]}; --resume keeps it")
-    if found["data"] != [data.manifest["sources"], data.manifest["sizes"]]:
-        raise Refusal(f"{path} was trained on other data; give the same --data, or another --out")
+    """Put a checkpoint back; returns the log so far. Raises Refusal for another run's."""
+    found = pile_run.load_checkpoint(path)
+    pile_run.refuse_another_run(path, found, mixer, settings, data)
     model.load_state_dict(found["model"])
     optimizer.load_state_dict(found["optimizer"])
     return found["log"]
@@ -450,49 +410,30 @@ def train(mixer, settings, data, folder, device="cpu", resume=False):
         log = restore(path, model, optimizer, mixer, settings, data)
         print(f"{path}: goes on at step {len(log)}")
     ready = make_ready(model, settings)
-    steps = range(len(log), settings.steps)
-    bar = tqdm(steps, mixer, settings.steps, initial=len(log), disable=RANK > 0)
-    with begin_log(folder, log) as file:
-        for step in bar:
-            log.append(train_step(ready, optimizer, data, settings, step))
-            print(json.dumps(log[-1]), file=file, flush=True)
-            bar.set_postfix_str("loss {loss:.3f}, {tokens_per_s:,.0f} tokens/s".format(**log[-1]))
+    with pile_run.keeping_log(folder, mixer, log, settings.steps) as tell:
+        for step in range(len(log), settings.steps):
+            record = train_step(ready, optimizer, data, settings, step)
+            log.append(record)
+            tell(record)
             due = (step + 1) % settings.save_every == 0 or step + 1 == settings.steps
             if due and RANK == 0:
                 save_checkpoint(path, model, optimizer, log, mixer, settings, data)
     return model.eval(), log
 
 
-def begin_log(folder, log):
-    """The log, open for more, with the records so far. Only the first process has one."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file = open(folder / "log.jsonl" if RANK == 0 else os.devnull, "w", encoding="utf-8")
-    file.writelines(json.dumps(record) + "\n" for record in log)
-    return file
-
-
-def train_all(options, settings, data, out, device):
+def train_all(options, settings, data, device):
     """{mixer: (model, log)}, one after the other. Raises Refusal if --out holds another run."""
-    paths = [out / mixer / "checkpoint.pt" for mixer in options.mixers]
-    old = [path for path in paths if path.exists() and not options.resume]
-    if old and options.out:
-        raise Refusal(f"{old[0]} is there: go on from it with --resume, or choose another --out")
-    with files.claim(out) if RANK == 0 else nullcontext():
-        for path in old:
-            path.unlink(missing_ok=True)
-        found = {}
+    trained = {}
+    with pile_run.own_folder(options) as out:
         for mixer in options.mixers:
-            found[mixer] = train(mixer, settings, data, out / mixer, device, options.resume)
-        return found
+            folder = out / mixer
+            trained[mixer] = train(mixer, settings, data, folder, device, options.resume)
+    return trained
 
 
 if __name__ == "__main__":
-    out = options.out or Path("runs") / "pile"
-    trained = lesson.obey(lambda: train_all(options, settings, data, out, device), GO_ON)
-    if WORLD > 1:
-        dist.destroy_process_group()
-    if RANK > 0:
-        sys.exit()  # these have done their part; the first process measures
+    trained = lesson.obey(lambda: train_all(options, settings, data, device), GO_ON)
+    pile_run.only_the_first_goes_on()
 
 # %% [markdown]
 # ## What they say
@@ -764,9 +705,7 @@ if __name__ == "__main__":
 
 # %%
 if __name__ == "__main__":
-    source |= pile_settings.about_run(device, WORLD, time.perf_counter() - started)
-    rows = [source | row for row in rows]
-    lesson.obey(lambda: files.write_rows(out / "results.jsonl", rows), GO_ON)
-    print(f"rows: {out / 'results.jsonl'}")
+    path = pile_run.folder_of(options) / "results.jsonl"
+    rows = lesson.obey(lambda: pile_run.keep_rows(path, rows, source, device), GO_ON)
     pile_report.draw(rows, options.figure)
     lesson.finish()

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from rebased import files, kernels, lesson, linear_attention, pile_settings, train_pile
+from rebased import files, kernels, lesson, linear_attention, pile_run, pile_settings
 from rebased import model as models
 from rebased.lesson import Refusal
 from rebased.tokens import identity, make_vocabulary
@@ -27,7 +27,7 @@ COLDEST = 1e-3  # temperatures below count as 0: logits divided by them overflow
 
 def load_model(path, device="cpu", tokenizer_file=None):
     """(model, vocabulary) of a checkpoint. Raises Refusal for what is none, damaged, or made with another tokenizer."""
-    content = train_pile.load_checkpoint(path)
+    content = pile_run.load_checkpoint(path)
     vocabulary = make_vocabulary(content["tokenizer"]["name"], tokenizer_file)
     if identity(vocabulary) != content["tokenizer"]:
         raise Refusal(f"{path} was trained with another {vocabulary.name} tokenizer; give its --tokenizer-file")

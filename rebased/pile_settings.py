@@ -7,7 +7,6 @@
 import argparse
 import math
 import os
-import platform
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -146,16 +145,3 @@ def find_device(name):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
-
-
-def about_run(device, processes, seconds):
-    """What a reader of a row must know beside its provenance."""
-    found = {
-        "python": platform.python_version(),
-        "minutes": round(seconds / 60, 1),
-        "processes": processes,
-        "threads": torch.get_num_threads(),
-    }
-    if device.type == "cuda":
-        found["hardware"] = torch.cuda.get_device_name(device)
-    return found

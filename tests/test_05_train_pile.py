@@ -21,7 +21,7 @@ import pytest
 import torch
 from test_pile_data import make_data, make_texts, tokens_of, write
 
-from rebased import files, lesson, model, pile_report, pile_settings, tokens, train_pile
+from rebased import files, lesson, model, pile_report, pile_run, pile_settings, tokens, train_pile
 from rebased.lesson import Refusal
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -148,7 +148,7 @@ def test_a_stopped_run_continues_bit_for_bit_and_its_log_is_not_doubled(trained,
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train_pile, "train_step", stop_at(3))
         train_pile.train("rebased", settings(), trained.data, tmp_path)
-    assert len(train_pile.load_checkpoint(tmp_path / "checkpoint.pt")["log"]) == 2
+    assert len(pile_run.load_checkpoint(tmp_path / "checkpoint.pt")["log"]) == 2
     assert len(files.read_rows(tmp_path / "log.jsonl")) == 3  # one step more than the checkpoint knows
     torch.rand(5)
     _, log = train_pile.train("rebased", settings(), trained.data, tmp_path, resume=True)
@@ -159,7 +159,7 @@ def test_a_stopped_run_continues_bit_for_bit_and_its_log_is_not_doubled(trained,
 
 def assert_same_run(path, other):
     """Weights and optimiser states of two checkpoints are equal bit for bit."""
-    a, b = train_pile.load_checkpoint(path), train_pile.load_checkpoint(other)
+    a, b = pile_run.load_checkpoint(path), pile_run.load_checkpoint(other)
     assert len(a["log"]) == len(b["log"]) and a["model"].keys() == b["model"].keys()
     assert all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
     for i, state in a["optimizer"]["state"].items():
@@ -184,15 +184,15 @@ def test_resume_refuses_another_run_and_finds_moved_data(trained, tmp_path):
 
 def test_a_checkpoint_that_is_none_is_named(trained, tmp_path):
     with pytest.raises(Refusal, match="no such file"):
-        train_pile.load_checkpoint(tmp_path / "nowhere.pt")
+        pile_run.load_checkpoint(tmp_path / "nowhere.pt")
     files.save_tensors(tmp_path / "other.pt", {"state_of": "a saved state"})
     with pytest.raises(Refusal, match="not a checkpoint of this program"):
-        train_pile.load_checkpoint(tmp_path / "other.pt")
+        pile_run.load_checkpoint(tmp_path / "other.pt")
     flipped = bytearray(trained.checkpoint.read_bytes())
     flipped[len(flipped) // 2] ^= 1
     (tmp_path / "flipped.pt").write_bytes(flipped)
     with pytest.raises(Refusal, match="damaged"):
-        train_pile.load_checkpoint(tmp_path / "flipped.pt")
+        pile_run.load_checkpoint(tmp_path / "flipped.pt")
 
 
 def test_a_loss_that_is_no_number_stops_before_the_update(trained):
@@ -483,7 +483,7 @@ def test_two_processes_have_the_gradient_of_one(tmp_path, mixer):
     gradients = []
     for name, processes in (("one", 1), ("two", 2)):
         assert start(command(tmp_path, tmp_path / name, chosen, mixer), processes).wait() == 0
-        state = train_pile.load_checkpoint(tmp_path / name / mixer / "checkpoint.pt")["optimizer"]["state"]
+        state = pile_run.load_checkpoint(tmp_path / name / mixer / "checkpoint.pt")["optimizer"]["state"]
         gradients.append(torch.cat([moments["exp_avg"].flatten() for moments in state.values()]))
     one, two = gradients
     assert one.norm() > 0 and (two - one).norm() < 1e-5 * one.norm()
@@ -509,7 +509,7 @@ def test_two_processes_train_as_one_and_their_run_resumes_with_one(tmp_path):
           f"a step differs by up to {max(differences):.1e}")
     process = start(command(tmp_path, mixed, LONGER), processes=2)
     assert kill_when(process, lambda: steps_logged(mixed) >= 25)
-    assert 20 <= len(train_pile.load_checkpoint(mixed / "rebased" / "checkpoint.pt")["log"]) < 50
+    assert 20 <= len(pile_run.load_checkpoint(mixed / "rebased" / "checkpoint.pt")["log"]) < 50
     assert start(command(tmp_path, mixed, LONGER)).wait() == 0
     found = losses_logged(mixed, "rebased")
     assert len(found) == 50 and abs(mean(found) - mean(one)) < stdev(means)

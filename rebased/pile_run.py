@@ -1,0 +1,150 @@
+"""What a run of 05 has around its lesson: processes, data, a folder of its own, and how a checkpoint knows its run."""
+
+import json
+import os
+import platform
+import sys
+import time
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from rebased import files, lesson, pile_settings
+from rebased.lesson import Refusal
+from rebased.tokens import first_documents, identity, load_data, make_vocabulary
+
+# torchrun gives every process its number; a process that was started alone is number 0 of 1
+RANK = int(os.environ.get("RANK", 0))
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
+GO_ON = "the same command with --resume goes on from the last checkpoint"
+FORMAT = 3  # of checkpoints
+
+
+# Before and after the work
+def start(mixers, argv=None):
+    """(options, settings, device, source): what to do, where, and where the rows will say they come from.
+
+    mixers: the names to choose from. Of several processes only the first one prints. Raises Refusal for what cannot be
+    run.
+    """
+    options, settings = pile_settings.read_options(mixers, argv)
+    sequences = settings.batch_tokens // settings.seq_len
+    if sequences % WORLD:
+        raise Refusal(f"{WORLD} processes cannot share a batch of {sequences}; change batch_tokens")
+    device = pile_settings.find_device(options.device)
+    if WORLD > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+    source = lesson.provenance(Path(__file__).parents[1] / "05_train_pile.py")
+    return options, settings, device, source | {"started": time.time()}
+
+
+def prepare_data(options, settings):
+    """The Tokens of the text that was asked for; the first process makes them. Raises Refusal."""
+    vocabulary = make_vocabulary(settings.tokenizer, options.tokenizer_file)
+    data = load_data(options.data, vocabulary, settings.valid_share, options.tokens, main=RANK == 0)
+    first_documents(data, settings.eval_tokens)  # refuses now, not after hours of training
+    return data
+
+
+def only_the_first_goes_on():
+    """Training is over: every process but the first ends here."""
+    if WORLD > 1:
+        dist.destroy_process_group()
+    if RANK > 0:
+        sys.exit()
+
+
+def keep_rows(path, rows, source, device):
+    """Write rows with what a reader must know about their run; returns them so. Raises Refusal."""
+    about = dict(source)
+    about["minutes"] = round((time.time() - about.pop("started")) / 60, 1)
+    about |= {"python": platform.python_version(), "processes": WORLD, "threads": torch.get_num_threads()}
+    if device.type == "cuda":
+        about["hardware"] = torch.cuda.get_device_name(device)
+    rows = [about | row for row in rows]
+    files.write_rows(path, rows)
+    print(f"rows: {path}")
+    return rows
+
+
+# The folder of a run
+def folder_of(options):
+    """Where checkpoints, logs and rows go."""
+    return options.out or Path("runs") / "pile"
+
+
+@contextmanager
+def own_folder(options):
+    """Hold the folder, so that no other run writes to it, and give it.
+
+    Checkpoints of an older run: with --resume they are kept. Without, they are deleted in the default folder; in one
+    that was named they are a reason to raise Refusal.
+    """
+    out = folder_of(options)
+    paths = [out / mixer / "checkpoint.pt" for mixer in options.mixers]
+    old = [path for path in paths if path.exists() and not options.resume]
+    if old and options.out:
+        raise Refusal(f"{old[0]} is there: go on from it with --resume, or choose another --out")
+    with files.claim(out) if RANK == 0 else nullcontext():
+        for path in old:
+            path.unlink(missing_ok=True)
+        yield out
+
+
+@contextmanager
+def keeping_log(folder, name, log, steps):
+    """Write a log anew, from the records so far, and give tell(record), which adds one; a bar shows how far it is.
+
+    Only the first process has either.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    place = folder / "log.jsonl" if RANK == 0 else os.devnull
+    with open(place, "w", encoding="utf-8") as file, tqdm(
+        desc=name, total=steps, initial=len(log), disable=RANK > 0
+    ) as bar:
+        file.writelines(json.dumps(record) + "\n" for record in log)
+
+        def tell(record):
+            print(json.dumps(record), file=file, flush=True)
+            bar.update()
+            bar.set_postfix_str("loss {loss:.3f}, {tokens_per_s:,.0f} tokens/s".format(**record))
+
+        yield tell
+
+
+# Which run a checkpoint belongs to
+def identity_of_run(mixer, config, settings, data):
+    """What a checkpoint says about its run, as plain types."""
+    return {
+        "format": FORMAT,
+        "mixer": mixer,
+        "config": asdict(config),
+        "settings": asdict(settings),
+        "tokenizer": identity(data.vocabulary),
+        "data": [data.manifest["sources"], data.manifest["sizes"]],
+    }
+
+
+def load_checkpoint(path):
+    """The content of a checkpoint. Raises Refusal if it is none, or damaged."""
+    content = files.load_tensors(path)
+    if content.get("format") != FORMAT:
+        raise Refusal(f"{path}: not a checkpoint of this program")
+    return content
+
+
+def refuse_another_run(path, found, mixer, settings, data):
+    """Raises Refusal if the content `found` of a checkpoint is of other settings, another mixer or other data."""
+    old = found["settings"] | {"mixer": found["mixer"]}
+    new = asdict(settings) | {"mixer": mixer}
+    name = pile_settings.differing_setting(old, new)
+    if name:
+        raise Refusal(f"{path} has {name} = {old.get(name)}, not {new[name]}; --resume keeps it")
+    if found["data"] != [data.manifest["sources"], data.manifest["sizes"]]:
+        raise Refusal(f"{path} was trained on other data; give the same --data, or another --out")
