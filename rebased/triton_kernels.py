@@ -1,31 +1,38 @@
-"""Linear attention on a GPU: the chunked form of 02_linear_attention.py as Triton kernels, forward and backward.
+"""Linear attention on a GPU: the chunked form of 02_linear_attention.py as Triton kernels.
 
-Whoever has read Triton's tutorials on matrix multiplication and fused attention can read this file from top to bottom.
-Beside each kernel stands the same computation in a few lines of PyTorch, and the tests hold the two equal.
+Whoever has read Triton's tutorials on matrix multiplication and fused attention can read this file
+from top to bottom. Beside each kernel stands the same computation in a few lines of PyTorch, and
+the tests hold the two equal.
 
-Equations, with s = q·k/√D and sim = c0 + c1·s + c2·s² = u² + floor, where
-             u = scale·(q·k) + shift,  scale = √(c2/D),  shift = c1/(2√c2),  floor = c0 − c1²/(4·c2)
-  forward    w_ij = u_ij² + floor,  den_i = Σ_{j≤i} w_ij + ε,  o_i = Σ_{j≤i} w_ij v_j / den_i,  with ε = 1e-12
+Equations, with s = q·k/√D and sim = c0 + c1·s + c2·s² = u² + floor, where u = scale·(q·k) + shift,
+             scale = √(c2/D),  shift = c1/(2√c2),  floor = c0 − c1²/(4·c2),  and with ε = 1e-12
+  forward    w_ij = u_ij² + floor,  den_i = Σ_{j≤i} w_ij + ε,  o_i = Σ_{j≤i} w_ij v_j / den_i
   backward   δ_i = do_i·o_i,  dw_ij = (do_i·v_j − δ_i)/den_i,  du_ij = 2 u_ij dw_ij
-             dq_i = scale Σ_{j≤i} du_ij k_j,  dk_j = scale Σ_{i≥j} du_ij q_i,  dv_j = Σ_{i≥j} w_ij do_i/den_i
-In segments, these sums go over the tokens of the same segment only. All others come in through states:
+             dq_i = scale Σ_{j≤i} du_ij k_j,  dk_j = scale Σ_{i≥j} du_ij q_i
+             dv_j = Σ_{i≥j} w_ij do_i/den_i
+In segments, these sums go over tokens of the same segment only. All others come in through states:
   forward    S = Σ φ(k_j) v_jᵀ and z = Σ φ(k_j) of all earlier segments
              add φ(q_i)ᵀS to Σ w_ij v_j, and φ(q_i)ᵀz to den_i
   backward   earlier segments give dφ(q_i) = (S do_i − δ_i z)/den_i
              R = Σ φ(q_i) do_iᵀ/den_i and r = −Σ φ(q_i) δ_i/den_i of all later segments
-             give dφ(k_j) = R v_j + r, and add Rᵀφ(k_j) to dv_j; section 2 turns a dφ into a part of dq or dk
+             give dφ(k_j) = R v_j + r, and add Rᵀφ(k_j) to dv_j
+             section 2 turns dφ(q) and dφ(k) into what they add to dq and dk
 
 Letters
   do is the gradient of o, ∂loss/∂o, and so dq, dφ, ... for other letters.
-  N = B·H heads, T tokens, M tokens of a segment, D columns of q and k, DV of v. P features, P_PAD with padding, of which
-  F = BLOCK_F are made at a time. STATE = P_PAD·(DV + 1): the numbers of a state, S and z.
-  i counts queries, j keys, t tokens that may be either, f features, d columns of q and k, e columns of v.
-  Where a step of a loop begins is called `past` if the loop walks over earlier keys, `later` if over later queries.
+  N = B·H heads, T tokens, M tokens of a segment, D columns of q and k, DV of v. P features, P_PAD
+  with padding, of which F = BLOCK_F are made at a time. STATE = P_PAD·(DV + 1): the numbers of a
+  state, S and z.
+  i counts queries, j keys, t tokens that may be either; f features, d columns of q and k, e of v.
+  A step of a loop begins at `past` if the loop walks over earlier keys, at `later` if it walks over
+  later queries.
   Tensors in memory are (N, T, size). On chip, shapes stand in brackets: [TILE, DV].
 
 References
-  [1] Katharopoulos et al., Transformers are RNNs, arXiv 2006.16236: features, S and z (sections 3.2, 3.3).
-  [2] Aksenov et al., Linear Transformers with Learnable Kernel Functions, arXiv 2402.10644: ReBased (section 4).
+  [1] Katharopoulos et al., Transformers are RNNs, arXiv 2006.16236: features, S and z (sections
+      3.2, 3.3).
+  [2] Aksenov et al., Linear Transformers with Learnable Kernel Functions, arXiv 2402.10644: ReBased
+      (section 4).
   [3] Dao, FlashAttention-2, arXiv 2307.08691: tiles, δ, and two passes backward (section 3.1).
 """
 
@@ -40,7 +47,8 @@ from rebased import EPS
 from rebased.chunked_cpu import complete_square, count_features
 
 MISSING = (
-    "rebased.triton_kernels needs Triton (Linux: pip install triton==3.7.1); everything else runs without it"
+    "rebased.triton_kernels needs Triton (Linux: pip install triton==3.7.1); "
+    "everything else runs without it"
 )
 try:
     import triton
@@ -126,10 +134,11 @@ EPS_ON_CHIP = tl.constexpr(EPS)  # a kernel may read a global only if it is a tl
 # memory that a CUDA graph may still read.
 @functools.cache
 def make_table(coefficients, D, device):
-    """float32 (3, P_PAD): the rows a, b, root, in the order of 01's features; padded to BLOCK_F with root = 0."""
+    """float32 (3, P_PAD): the rows a, b, root, ordered as 01's features; padding has root 0."""
     if torch.device(device).type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
-            "call chunked_attention once before a CUDA graph records it: the first call makes a table"
+            "call chunked_attention once before a CUDA graph records it: "
+            "the first call makes a table"
         )
     c0, c1, c2 = coefficients
     columns = []
@@ -144,7 +153,7 @@ def make_table(coefficients, D, device):
             columns.append((a, b, math.sqrt(c2 / D * twice)))
     while len(columns) % BLOCK_F.value:
         columns.append((0, 0, 0.0))
-    with torch.inference_mode(False):  # made for good, also if the first call happens to be inference
+    with torch.inference_mode(False):  # made for good, also if the first call is inference
         return torch.tensor(columns, dtype=torch.float32, device=device).T.contiguous()
 
 
@@ -152,10 +161,10 @@ def make_table(coefficients, D, device):
 def feature_table(coefficients, D, device):
     """What `make_table` made when it was first asked: the copy to the GPU happens once.
 
-    A CUDA graph must not record that copy. torch.compile calls this function while it compiles and keeps the tensor as
-    a constant, so its graphs are safe; whoever records a graph of their own makes a usual call before, or gets the
-    RuntimeError above. Two functions, because torch.compile looks through functools.cache at what is inside: a mark on
-    a cached function itself goes unseen.
+    A CUDA graph must not record that copy. torch.compile calls this function while it compiles and
+    keeps the tensor as a constant, so its graphs are safe; whoever records a graph of their own
+    makes a usual call before, or gets the RuntimeError above. Two functions, because torch.compile
+    looks through functools.cache at what is inside: a mark on a cached function goes unseen.
     """
     return make_table(coefficients, D, device)
 
@@ -191,7 +200,7 @@ def factors(
     P_PAD: tl.constexpr, BLOCK_D: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     ONES: tl.constexpr,
 ):
-    """x [rows, D] -> x[a_f] and x[b_f] [rows, F], root [1, F]; and for the way back A and B [D, F]."""
+    """x [rows, D] -> x[a_f], x[b_f] [rows, F], root [1, F]; and for the way back A and B [D, F]."""
     a = tl.load(table + f)[None, :]  # [1, F]
     b = tl.load(table + P_PAD + f)[None, :]
     root = tl.load(table + 2 * P_PAD + f)[None, :]
@@ -247,15 +256,17 @@ def features_backward_reference(x, dphi, table):
 #     segment           3           2           1           0
 #     slot        0      `---> 1     `---> 2     `---> 3     `---> 4
 #             [d final]      [Σ₃]        [Σ₂]        [Σ₁]        [Σ₀]
-#     read by   segment 3    segment 2   segment 1   segment 0    (the gradient of the initial state)
+#     read by   segment 3    segment 2   segment 1   segment 0    (gradient of the initial state)
 #
 # In memory a slot is S [P_PAD, DV], then z [P_PAD]; in the mirror R, then r. Features that are
 # padding are 0 in both.
 def count_slots(T, segment, edge, keep):
     """How many slots there are.
 
-    edge: whether slot 0 holds something, an initial state (in the mirror, the gradient of a final one).
-    keep: whether the sum of all segments is asked for, the final state (the gradient of an initial one).
+    edge: whether slot 0 holds something: an initial state, in the mirror the gradient of a final
+    one.
+    keep: whether the sum of all segments is asked for: the final state, in the mirror the gradient
+    of an initial one.
     """
     segments = -(-T // segment)
     slots = segments + keep
@@ -269,12 +280,12 @@ def state_kernel(
     P_PAD: tl.constexpr, SEGMENT: tl.constexpr, STEP: tl.constexpr, DTYPE: tl.constexpr,
     PRECISION: tl.constexpr, ONES: tl.constexpr, REVERSE: tl.constexpr,
 ):
-    """A program sums BLOCK_F features over one segment of one head, and writes them into the segment's slot.
+    """A program sums BLOCK_F features over one segment of one head, and writes them into its slot.
 
     inv_den and delta are read only if REVERSE.
     """
-    # Only the first axis of a grid may exceed 65,535, so block, segment and head share it. A head may
-    # start beyond 2³¹ numbers: its offset has 64 bits. `turn` counts segments in the order of slots.
+    # Only the first axis of a grid may exceed 65,535, so block, segment and head share it. A head
+    # may start beyond 2³¹ numbers: its offset has 64 bits. `turn` counts segments as slots do.
     blocks = P_PAD // BLOCK_F
     block = tl.program_id(0) % blocks
     turn = tl.program_id(0) // blocks % (slots - 1)
@@ -291,8 +302,8 @@ def state_kernel(
     e = tl.arange(0, BLOCK_DV)[None, :]
     f = block * BLOCK_F + tl.arange(0, BLOCK_F)
 
-    # S is summed transposed, with DV = 64 rows: Hopper's warpgroups multiply 64 rows at a time, and F
-    # is only 32. z is summed row by row, [STEP, F]; the STEP rows are added once, at the end.
+    # S is summed transposed, with DV = 64 rows: Hopper's warpgroups multiply 64 rows at a time, and
+    # F is only 32. z is summed row by row, [STEP, F]; the STEP rows are added once, at the end.
     S_transposed = tl.zeros((BLOCK_DV, BLOCK_F), tl.float32)
     z = tl.zeros((STEP, BLOCK_F), tl.float32)
     for start in range(segment * SEGMENT, min(segment * SEGMENT + SEGMENT, T), STEP):
@@ -308,7 +319,8 @@ def state_kernel(
             phi *= tl.load(inv_den + t, mask=t < T, other=0.0)
             y_column = -tl.load(delta + t, mask=t < T, other=0.0)  # [STEP, 1]
         else:
-            # φ(k) meets v for S, and 1 for z. Beyond T that must be a 0: the constant feature is not.
+            # φ(k) meets v for S, and 1 for z. Beyond T that must be a 0, since the constant
+            # feature is not 0 there.
             y_column = (t < T).to(tl.float32)
         phi = phi.to(DTYPE)
         S_transposed = tl.dot(tl.trans(y_tile), phi, S_transposed, input_precision=PRECISION)
@@ -319,10 +331,10 @@ def state_kernel(
 
 
 def state_reference(x, y, column, table):
-    """What one segment adds: x (N, M, D), y (N, M, DV), column (N, M, 1) -> S and z side by side, (N, P_PAD, DV + 1).
+    """What one segment adds: x (N, M, D), y (N, M, DV), column (N, M, 1) -> (N, P_PAD, DV + 1).
 
-    Forward: k, v and ones. In reverse: q, do/den and −δ/den; in a sum of products it does not matter which factor is
-    divided by den, and the kernel divides φ.
+    That is S and z side by side. Forward: k, v and ones. In reverse: q, do/den and −δ/den; in a
+    product it does not matter which factor is divided by den, and the kernel divides φ.
     """
     return features_reference(x, table).mT @ torch.cat([y, column], dim=-1)
 
@@ -386,7 +398,10 @@ def output_kernel(
     P_PAD: tl.constexpr, SEGMENT: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr, ONES: tl.constexpr,
 ):
-    """A program makes TILE rows of o. first: the first segment with something before it (0 with an initial state)."""
+    """A program makes TILE rows of o.
+
+    first: the first segment with something before it, 0 if there is an initial state, else 1.
+    """
     tiles = tl.cdiv(T, TILE)
     start = tl.program_id(0) % tiles * TILE
     n = (tl.program_id(0) // tiles).to(tl.int64)
@@ -406,8 +421,8 @@ def output_kernel(
     num = tl.zeros((TILE, BLOCK_DV), tl.float32)
     den = tl.zeros((TILE, 16), tl.float32)
 
-    # Step 1. Inside the segment: the quadratic form. SEGMENT is a multiple of TILE, and TILE of STEP:
-    # a tile lies in one segment, and a step is either before the tile or inside it.
+    # Step 1. Inside the segment: the quadratic form. SEGMENT is a multiple of TILE, and TILE of
+    # STEP: a tile lies in one segment, and a step is either before the tile or inside it.
     for past in range(segment * SEGMENT, start + TILE, STEP):
         j = past + tl.arange(0, STEP)
         rows = j[:, None]  # [STEP, 1]
@@ -416,8 +431,10 @@ def output_kernel(
         # u = scale·(q·k) + shift,  w = u² + floor
         u = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale + shift
         w = u * u + floor  # [TILE, STEP]
-        if past >= start:  # on the diagonal: keys after the query weigh 0
-            w = tl.where(i >= j[None, :], w, 0.0)  # a key beyond T comes after every query that is stored
+        if past >= start:
+            # On the diagonal: keys after the query weigh 0. A key beyond T comes after every query
+            # that is stored.
+            w = tl.where(i >= j[None, :], w, 0.0)
         w = w.to(DTYPE)
         num = tl.dot(w, v_tile, num, input_precision=PRECISION)
         den = tl.dot(w, ones, den, input_precision=PRECISION)
@@ -446,11 +463,14 @@ def output_kernel(
 
 
 def output_reference(q, k, v, state, table, coefficients):
-    """One segment: q, k, v (N, M, size), state before it (N, P_PAD, DV + 1) -> o (N, M, DV), 1/den (N, M, 1)."""
+    """One segment: q, k, v (N, M, size), the state before it (N, P_PAD, DV + 1).
+
+    -> o (N, M, DV), 1/den (N, M, 1).
+    """
     scale, shift, floor, _ = complete_square(coefficients, q.shape[-1])
     u = scale * q @ k.mT + shift  # (N, M, M)
     w = (u.square() + floor).tril()
-    past = features_reference(q, table) @ state  # (N, M, DV + 1): of num, and of den in the last column
+    past = features_reference(q, table) @ state  # (N, M, DV + 1): of num, the last column of den
     inv_den = 1 / (w.sum(-1, keepdim=True) + past[..., -1:] + EPS)
     return (w @ v + past[..., :-1]) * inv_den, inv_den
 
@@ -513,8 +533,8 @@ def query_kernel(
         dq_tile = tl.dot(half_du.to(DTYPE), k_tile, dq_tile, input_precision=PRECISION)
     dq_tile *= 2 * scale
 
-    # All segments before: dφ(q) = S do − δ z, without its 1/den, times root for the product rule; then
-    # the one-hot matrices carry it back to q.
+    # All segments before: dφ(q) = S do − δ z, without its 1/den, times root for the product rule;
+    # then the one-hot matrices carry it back to q.
     if segment >= first:
         for block in range(0, P_PAD, BLOCK_F):
             f = block + tl.arange(0, BLOCK_F)
@@ -546,9 +566,9 @@ def query_reference(q, k, v, do, o, inv_den, state, table, coefficients):
 # A program owns TILE keys and walks over the queries *after* them in its segment; those of later
 # segments come in through R and r, the states of the mirror. Here 1/den belongs to the index that
 # is summed over, so it cannot come last. It goes into the weights, while these are float32: w/den
-# is at most 1, where 1/den alone can reach 1/ε, and du gets it after its subtraction. In do it would
-# be rounded once more, and the nearly equal do·v and δ would no longer fit each other. Queries
-# beyond T have 1/den = 0.
+# is at most 1, where 1/den alone can reach 1/ε, and du gets it after its subtraction. In do it
+# would be rounded once more, and the nearly equal do·v and δ would no longer fit each other.
+# Queries beyond T have 1/den = 0.
 @triton.jit
 def key_kernel(
     q, k, v, do, dk, dv, inv_den, delta, table, states, scale, shift, floor, T, slots, first,
@@ -556,7 +576,11 @@ def key_kernel(
     P_PAD: tl.constexpr, SEGMENT: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr, ONES: tl.constexpr,
 ):
-    """A program makes TILE rows of dk and dv. first: 0 if the final state has a gradient, else 1."""
+    """A program makes TILE rows of dk and dv.
+
+    first: counted from the end, the first segment with something after it: 0 if the final state has
+    a gradient, else 1.
+    """
     tiles = tl.cdiv(T, TILE)
     start = tl.program_id(0) % tiles * TILE
     n = (tl.program_id(0) // tiles).to(tl.int64)
@@ -639,7 +663,7 @@ def key_reference(q, k, v, do, inv_den, delta, state_after, table, coefficients)
 # 10 bits and float32's range. float32 is multiplied exactly. Factors of four bytes take twice the
 # room, so tiles have half as many rows then, and steps are half as long.
 def compiler_arguments(kernel, D, DV, P_PAD, dtype, segment, ones):
-    """The tl.constexpr arguments of a kernel by name, num_warps and num_stages. dtype: that of v."""
+    """The tl.constexpr arguments of a kernel by name, num_warps, num_stages. dtype: that of v."""
     is_bfloat16 = dtype == torch.bfloat16
     tile = min(TILE if is_bfloat16 else TILE // 2, segment)
     known = {
@@ -657,15 +681,15 @@ def compiler_arguments(kernel, D, DV, P_PAD, dtype, segment, ones):
     }
     arguments = {name: known[name] for name in kernel.arg_names if name in known}
 
-    # Tensor cores want 16 rows of a tile for each warp: 8 warps (256 threads) for 128 rows, 4 for 64.
-    # Exact float32 does without tensor cores, and 8 warps give it more registers for what it holds.
+    # Tensor cores want 16 rows of a tile for each warp: 8 warps (256 threads) for 128 rows, 4 for
+    # 64. Exact float32 does without tensor cores, and 8 warps give it registers for what it holds.
     arguments["num_warps"] = 8 if tile == 128 or dtype == torch.float32 else 4
 
     # So many steps are in work at once: while one is computed, the others' loads are under way.
     arguments["num_stages"] = 3
     if kernel is state_kernel:
         # 64 rows of S make 4 warps, 128 threads; by their registers, four such programs share a
-        # multiprocessor of an H100. Each loads 10 KB a step, so two stages should keep its memory busy.
+        # multiprocessor of an H100. Each loads 10 KB a step, so two stages should keep memory busy.
         arguments["num_warps"] = 4
         arguments["num_stages"] = 2
     if kernel is key_kernel and dtype == torch.float16:
@@ -702,7 +726,8 @@ def launch_states(x, y, inv_den, delta, table, states, edge, coefficients, segme
 def launch_tiles(kernel, tensors, table, states, first, coefficients, segment):
     """Run a kernel on all tiles of all heads.
 
-    tensors: what its signature has before `table`, in the same order, for they are passed by position: q, k, v first.
+    tensors: what its signature has before `table`, in the same order, for they are passed by
+    position: q, k, v first.
     """
     q = tensors[0]
     v = tensors[2]
@@ -723,7 +748,7 @@ def launch_tiles(kernel, tensors, table, states, first, coefficients, segment):
 # and the states: in bfloat16 at D = 16, DV = 64 these are 533 bytes a token and head, 81 of them
 # states.
 def empty_states(q, v, table, edge, segment, keep):
-    """Room for states (N, slots, STATE) and for the sum of all segments (N, STATE; N, 0 if it is not kept)."""
+    """Room for states (N, slots, STATE) and for the whole sum (N, STATE; N, 0 if not kept)."""
     N, T, _ = q.shape
     numbers = table.shape[1] * (v.shape[2] + 1)
     slots = count_slots(T, segment, edge is not None, keep)
@@ -746,7 +771,10 @@ def forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, initial: torch.Tensor | None,
     table: torch.Tensor, coefficients: list[float], segment: int, keep: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Contiguous (N, T, size), initial (N, STATE) -> what `empty_outputs` lists, filled. keep: make the final state."""
+    """Contiguous (N, T, size), initial (N, STATE) -> what `empty_outputs` lists, filled.
+
+    keep: whether to make the final state.
+    """
     outputs = empty_outputs(q, k, v, initial, table, coefficients, segment, keep)
     o, rounding_error, inv_den, states, final = outputs
     first = 1 if initial is None else 0
@@ -758,7 +786,8 @@ def forward(
         tensors = (q, k, v, o, rounding_error, inv_den)
         launch_tiles(output_kernel, tensors, table, states, first, coefficients, segment)
         if keep:
-            # A copy: outputs of an operation may not share memory, and a view would keep all slots alive.
+            # A copy: outputs of an operation may not share memory, and a view would keep all slots
+            # alive.
             final.copy_(states[:, -1])
     return outputs
 
@@ -797,7 +826,7 @@ def setup_context(ctx, inputs, output):
     """Keep what the backward pass reads."""
     q, k, v, initial, table, coefficients, segment, keep = inputs
     o, rounding_error, inv_den, states, _ = output
-    ctx.set_materialize_grads(False)  # a gradient that is not there stays None instead of becoming zeros
+    ctx.set_materialize_grads(False)  # a gradient that is not there stays None, not zeros
     ctx.save_for_backward(q, k, v, table, o, rounding_error, inv_den, states)
     ctx.coefficients = list(coefficients)
     ctx.segment = segment
@@ -822,7 +851,8 @@ def differentiate(ctx, do, d_rounding_error, d_inv_den, d_states, d_final):
 
 
 def fake_backward(
-    do, d_final, q, k, v, table, o, rounding_error, inv_den, states, coefficients, segment, had_initial
+    do, d_final, q, k, v, table, o, rounding_error, inv_den, states,
+    coefficients, segment, had_initial,
 ):
     """Tensors of the shapes that `backward` returns."""
     numbers = table.shape[1] * (v.shape[2] + 1) if had_initial else 0
@@ -832,8 +862,8 @@ def fake_backward(
 
 def no_second_derivative(ctx, *gradients):
     raise RuntimeError(
-        "a backward pass written by hand has no derivative of its own: for a Hessian, or a penalty on a gradient, use "
-        "quadratic_attention of 02_linear_attention.py, which autograd follows"
+        "a backward pass written by hand has no derivative of its own: for a Hessian, or a penalty "
+        "on a gradient, use quadratic_attention of 02_linear_attention.py, which autograd follows"
     )
 
 
@@ -845,17 +875,26 @@ backward.register_autograd(no_second_derivative)
 
 # 9. The function to call
 def why_not(q, k, v, coefficients):
-    """None, or one line that says which limit these inputs exceed; `attention` of 02 then takes another form."""
+    """None, or one line that says which limit these inputs exceed.
+
+    `attention` of 02 then takes another form.
+    """
     D = q.shape[-1]
     DV = v.shape[-1]
     if coefficients is None:
-        return "the kernel is no polynomial of q·k (coefficients None): elu, element-wise and others have features only"
+        return (
+            "the kernel is no polynomial of q·k (coefficients None): elu, element-wise and others "
+            "have features only"
+        )
     if not coefficients[2] > 0:
-        return f"the kernel must be of degree two, coefficients (c0, c1, c2) with c2 > 0; c2 is {coefficients[2]}"
+        return (
+            "the kernel must be of degree two, coefficients (c0, c1, c2) with c2 > 0; "
+            f"c2 is {coefficients[2]}"
+        )
     if coefficients[0] < 0 or coefficients[1] < 0:
         return "no coefficient may be negative: features multiply their square roots"
-    # A lowest weight c0 − c1²/(4·c2) below 0 is allowed here: the kernels compute what the definition
-    # says. The kernels of 01 have none.
+    # A floor c0 − c1²/(4·c2) below 0, some weights then being negative, is allowed: the definition
+    # has it too. The kernels of 01 refuse it.
     for x in (q, k, v):
         if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"products run in float32, bfloat16 or float16, not in {x.dtype}"
@@ -868,7 +907,8 @@ def why_not(q, k, v, coefficients):
     if INTERPRETED:
         return None
     if not q.is_cuda or k.device != q.device or v.device != q.device:
-        return f"the tensors must lie on one NVIDIA GPU, not on {q.device}, {k.device} and {v.device}"
+        places = f"{q.device}, {k.device} and {v.device}"
+        return f"the tensors must lie on one NVIDIA GPU, not on {places}"
     return card_problem(q.device)
 
 
@@ -879,11 +919,14 @@ def card_problem(device):
         return "the kernels are compiled and tested for NVIDIA only, not for ROCm"
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
-        return f"bfloat16 and tf32 products need an Ampere GPU or a newer one (8.0); this one is {major}.{minor}"
+        return (
+            "bfloat16 and tf32 products need an Ampere GPU or a newer one (8.0); "
+            f"this one is {major}.{minor}"
+        )
     return None
 
 
-def check_shapes(q, k, v, S, z, coefficients):
+def check_shapes(q, k, v):
     """ValueError, in one line, where a kernel would read beyond the end of a tensor."""
     fit = k.shape == q.shape and v.shape[:3] == q.shape[:3] and q.dim() == v.dim() == 4
     if not fit or q.shape[2] < 1:
@@ -891,38 +934,43 @@ def check_shapes(q, k, v, S, z, coefficients):
         raise ValueError(
             f"q, k must be (B, H, T, D) and v (B, H, T, DV), with T of 1 or more; they are {sizes}"
         )
+
+
+def check_state(S, z, B, H, P, DV):
+    """ValueError, in one line, for half a state or one of another shape."""
     if S is None and z is None:
         return
     if S is None or z is None:
         raise ValueError("S and z are one state: give both or neither")
-    B, H, _, D = q.shape
-    P = count_features(coefficients, D)
-    expected = (B, H, P, v.shape[3])
+    expected = (B, H, P, DV)
     if S.shape != expected or z.shape != expected[:3]:
         sizes = f"{tuple(S.shape)} and {tuple(z.shape)}"
         raise ValueError(f"S must be {expected} and z {expected[:3]}; they are {sizes}")
 
 
 def chunked_attention(q, k, v, coefficients, S=None, z=None, return_state=False, segment=SEGMENT):
-    """The chunked form: q, k (B, H, T, D), v (B, H, T, DV) -> o (B, H, T, DV), or (o, S, z) with return_state.
+    """The chunked form: q, k (B, H, T, D), v (B, H, T, DV) -> o (B, H, T, DV).
 
-    coefficients: (c0, c1, c2), sim = c0 + c1·s + c2·s² with s = q·k/√D. S (B, H, P, DV) and z (B, H, P): what an
-    earlier part of the sequence left, or None; features in the order of 01. segment: tokens between two states, 64 or a
-    multiple of 128. Products are in the precision of v, sums in float32. First derivatives only.
+    With return_state: (o, S, z). coefficients: (c0, c1, c2), sim = c0 + c1·s + c2·s² with
+    s = q·k/√D. S (B, H, P, DV) and z (B, H, P): what an earlier part of the sequence left, or None;
+    features in the order of 01. segment: tokens between two states, 64 or a multiple of 128.
+    Products are in the precision of v, sums in float32. First derivatives only.
 
-    Raises ValueError, in one line, for inputs beyond the limits that `why_not` names, for shapes that do not fit, and
-    for another segment. [2, section 4; 1, section 3.2]
+    Raises ValueError, in one line, for inputs beyond the limits that `why_not` names, for shapes
+    that do not fit, and for another segment. [2, section 4; 1, section 3.2]
     """
+    check_shapes(q, k, v)
     problem = why_not(q, k, v, coefficients)
     if problem:
         raise ValueError(f"no Triton kernel for these inputs: {problem}")
-    check_shapes(q, k, v, S, z, coefficients)
     if segment != 64 and (segment < 128 or segment % 128):
         raise ValueError(f"segment must be 64 or a multiple of 128 (whole tiles), got {segment}")
     B, H, T, D = q.shape
     DV = v.shape[-1]
     P = count_features(coefficients, D)
-    # Numbers, not symbols of torch.compile: the table is made of them, and another floor makes another graph.
+    check_state(S, z, B, H, P, DV)
+    # Numbers, not symbols of torch.compile, since the table is made of them: another floor gives
+    # another graph.
     coefficients = tuple(guard_scalar(float(c)) for c in coefficients)
     table = feature_table(coefficients, D, q.device)
     P_PAD = table.shape[1]

@@ -227,6 +227,14 @@ def test_a_floor_set_after_training():
 
 
 @runs
+def test_a_lowest_weight_below_0_is_computed_as_the_definition_has_it():
+    kernel = kernels.TaylorKernel(4)
+    kernel._floor = -0.25  # u² − 0.25, positive on these inputs; `floor` itself would refuse it
+    assert kernel.coefficients == (0.25, 1.0, 0.5)
+    assert max(benchmark.errors(kernel, 70, segment=64).values()) <= 1e-5
+
+
+@runs
 @pytest.mark.slow
 def test_the_check_of_the_benchmark():
     """As above at T = 150, across segments, every type."""
