@@ -1,7 +1,11 @@
 """Tables and the figure of 05, from rows alone: dictionaries as its run writes them, one for each model."""
 
 import math
+from dataclasses import asdict
 from statistics import median
+
+import numpy as np
+import torch
 
 from rebased import lesson
 
@@ -22,6 +26,54 @@ def summary(log, batch_tokens, points=60):
         losses = [record["loss"] for record in log[end - every : end]]
         curve.append([end * batch_tokens, sum(losses) / every])
     return {"tokens_per_s": median(record["tokens_per_s"] for record in log), "curve": curve}
+
+
+def about_training(settings, config, log):
+    """What a row keeps of how a model was trained, as plain types."""
+    about = {"seed": settings.seed, "settings": asdict(settings), "config": asdict(config)}
+    return about | summary(log, settings.batch_tokens)
+
+
+def collect(losses, masks, subsets, perplexity, bits_per_byte):
+    """What a row says of the losses (n,) of a text, as plain types.
+
+    masks: {name: mask (n,)}. subsets: (name, is_text, bytes, zlib's bits per byte), as from `tokens.subsets_of`.
+    perplexity and bits_per_byte are the lesson's functions.
+    """
+    slices = {}
+    for name, mask in masks.items():
+        slices[name] = {
+            "share": float(mask.mean()),
+            "recall": perplexity(losses[mask]),
+            "other": perplexity(losses[~mask]),
+        }
+    found = {}
+    for name, is_text, num_bytes, zlib in subsets:
+        bits = bits_per_byte(losses[is_text], num_bytes)
+        found[name] = {"bytes": num_bytes, "bits_per_byte": bits, "zlib": zlib}
+    numbers = found.pop("all")
+    numbers["loss"] = float(losses.mean())
+    numbers["perplexity"] = perplexity(losses)
+    numbers["tokens"] = len(losses)
+    return numbers | {"slices": slices, "subsets": found}
+
+
+@torch.no_grad()
+def loss_by_position(losses_of, stream, length):
+    """[[last position, mean loss]] of positions 1 to 16, 17 to 32, 33 to 64, ... in contexts of `length` tokens.
+
+    losses_of: a function, tokens (1, T + 1) -> losses (1, T). stream (n + 1,): cut into contexts that do not overlap.
+    """
+    length = min(length, len(stream) - 1)
+    total = np.zeros(length)
+    contexts = 0
+    for begin in range(0, len(stream) - length, length):
+        context = torch.from_numpy(stream[begin : begin + length + 1].astype(np.int64))
+        total += losses_of(context.unsqueeze(0))[0].double().cpu().numpy()
+        contexts += 1
+    ends = [2**n for n in range(4, 40) if 2**n < length] + [length]
+    parts = np.split(total / contexts, ends[:-1])
+    return [[end, float(part.mean())] for end, part in zip(ends, parts, strict=True)]
 
 
 # Tables

@@ -7,10 +7,12 @@ import sys
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 
 from rebased import files, lesson, pile_settings
@@ -50,6 +52,15 @@ def prepare_data(options, settings):
     data = load_data(options.data, vocabulary, settings.valid_share, options.tokens, main=RANK == 0)
     first_documents(data, settings.eval_tokens)  # refuses now, not after hours of training
     return data
+
+
+def compile_and_recompute(model, settings):
+    """The model as these two settings want it."""
+    if settings.recompute:
+        for block in model.blocks:
+            # activations are computed again in the backward pass
+            block.forward = partial(recompute, block.forward, use_reentrant=False)
+    return torch.compile(model) if settings.compile else model
 
 
 def only_the_first_goes_on():

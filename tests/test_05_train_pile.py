@@ -208,25 +208,25 @@ def test_a_loss_that_is_no_number_stops_before_the_update(trained):
 # Evaluation ---------------------------------------------------------------------------------------------------------
 def test_masks_equal_a_slow_count():
     """The three masks against the definition, token by token; the pair (2, 3) is not rare here."""
-    row = np.random.default_rng(0).integers(0, 5, (3, 40))
-    masks = {name: train_pile.recall_mask(row, name, [2 * 2**32 + 3]) for name in train_pile.DEFINITIONS}
-    for b, x in enumerate(row.tolist()):
+    for row in np.random.default_rng(0).integers(0, 5, (3, 40)):
+        masks = {name: train_pile.recall_mask(row, name, [2 * 2**32 + 3]) for name in train_pile.DEFINITIONS}
+        x = row.tolist()
         for t in range(40):
             pair = x[t - 1 : t + 1]
             bigram = t > 0 and pair in [x[i - 1 : i + 1] for i in range(1, t)]
-            assert masks["token"][b, t] == (x[t] in x[:t])
-            assert masks["bigram"][b, t] == bigram
-            assert masks["rare"][b, t] == (bigram and pair != [2, 3])
+            assert masks["token"][t] == (x[t] in x[:t])
+            assert masks["bigram"][t] == bigram
+            assert masks["rare"][t] == (bigram and pair != [2, 3])
 
 
 def test_rare_depends_on_the_counts_of_training():
-    row = np.array([[1, 2, 3, 1, 2, 3, 2, 3]])
+    row = np.array([1, 2, 3, 1, 2, 3, 2, 3])
     common = train_pile.common_bigrams(np.array([1, 2] * 1251))
-    assert train_pile.recall_mask(row, "bigram").tolist() == [[False] * 4 + [True, True, False, True]]
-    assert train_pile.recall_mask(row, "rare", common).tolist() == [[False] * 5 + [True, False, True]]
+    assert train_pile.recall_mask(row, "bigram").tolist() == [False] * 4 + [True, True, False, True]
+    assert train_pile.recall_mask(row, "rare", common).tolist() == [False] * 5 + [True, False, True]
     few = train_pile.common_bigrams(np.array([1, 2] * 1250))
     assert train_pile.recall_mask(row, "rare", few).tolist() == train_pile.recall_mask(row, "bigram").tolist()
-    assert train_pile.recall_mask(row, "token").tolist() == [[False] * 3 + [True] * 5]
+    assert train_pile.recall_mask(row, "token").tolist() == [False] * 3 + [True] * 5
 
 
 def test_evaluation_equals_a_slow_count(trained):
@@ -288,7 +288,7 @@ def test_a_subset_without_a_byte_is_no_error(trained, tmp_path):
 
 def test_loss_by_position_reaches_beyond_training(trained):
     stream, _ = tokens.first_documents(trained.data, 300)
-    found = train_pile.loss_by_position(trained.model, stream, 100)
+    found = pile_report.loss_by_position(lambda row: train_pile.next_token_losses(trained.model, row), stream, 100)
     assert [end for end, _ in found] == [16, 32, 64, 100]
     with torch.no_grad():
         rows = [stream[start : start + 101].astype(np.int64) for start in range(0, len(stream) - 100, 100)]
