@@ -42,7 +42,7 @@ import torch.nn.functional as F
 
 # kernels: 01_kernels.py; linear_attention: 02_linear_attention.py
 from rebased import few_places, kernels, lesson, linear_attention
-from rebased.checks import check_model_config, check_tokens
+from rebased.checks import check_length, check_model_config, check_tokens
 from rebased.few_places import rows
 
 # %% [markdown]
@@ -52,10 +52,10 @@ from rebased.few_places import rows
 # its number is asked for: `a 7 b 8 … a` should go on with `7`. (04 calls them keys and values, as
 # the paper does. Here these words belong to attention.)
 #
-# Attention alone cannot do that. The query of `a` finds the places that look like it, and those
-# hold an `a`. The number stands one place further, and all that its place says is `7`: nothing
-# there speaks of `a`. So the place of the number needs a key vector that tells which letter stands
-# before it.
+# A layer of attention alone cannot do that. The query of `a` finds the places that look like it,
+# and those hold an `a`. The number stands one place further, and all that its place says is `7`:
+# nothing there speaks of `a`. So the place of the number needs a key vector that tells which letter
+# stands before it.
 #
 # A convolution of width 3 can make one: at every place it adds up the token and its two
 # predecessors, each channel with weights of its own. It is *causal*: nothing comes from the future.
@@ -417,11 +417,7 @@ class LanguageModel(nn.Module):
         x = self.embedding(tokens)
         if self.position is not None:
             end = start + tokens.shape[1]
-            if end > self.config.positions:
-                raise ValueError(
-                    f"{end} tokens, but this model has {self.config.positions} learned positions; "
-                    "shorten the input or build it with positions=0"
-                )
+            check_length(end, self.config.positions)
             x = x + self.position.weight[start:end]
         return self.dropout(x)
 
@@ -598,8 +594,8 @@ if __name__ == "__main__":
 # Logits become a token in one of two ways. *Greedy* takes the likeliest. *Sampling* draws: a
 # temperature below 1 makes the likely likelier, and top-k lets only the k likeliest take part.
 #
-# Below, a random model goes on after four tokens. Then three of them are read first, their state is
-# kept, and the model goes on from it twice: with the fourth token it must say the same again.
+# Below, a random model goes on after a prompt of four tokens. Then it reads only three of them, and
+# its state is kept. From that state and the fourth token it must go on as before. A draw may not.
 
 # %%
 def token_probabilities(logits, temperature=1.0, top_k=None):
@@ -632,7 +628,7 @@ def generate(model, tokens, steps, temperature=0.0, top_k=None, states=None):
 
 
 def show_what_a_state_knows():
-    """Eight greedy tokens after a prompt of four; the same from a state; and eight that are drawn."""
+    """After a prompt of four: eight tokens, the same eight from a state, and eight drawn ones."""
     model = small_model("rebased", seed=10)
     prompt = TOKENS[:1, :4]
     _, states = model.prefill(prompt[:, :3])
@@ -654,9 +650,8 @@ if __name__ == "__main__":
 # ## What one more token costs
 #
 # The three models of the table differ in one layer. With softmax the state grows from the first
-# token on, and time follows when reading the cache outweighs all else. With a kernel both stay. But
-# a kernel reads the whole of its state at every step, also after a few tokens, when the cache of
-# softmax is still small.
+# token on, and the time of a step from some thousand on. With a kernel both stay; but while the
+# context is short, its step can be the dearer one. The last row divides softmax by ReBased.
 #
 # (Our softmax cache is a value: it is copied to grow by a token. One that grows in place would
 # only cost its attention; `experiments/decoding.py` times that too, at batch 32 and up to 65,536
@@ -671,37 +666,38 @@ def state_bytes(state):
 
 
 @torch.no_grad()
-def cost_of_a_token(mixer, contexts):
-    """{T: bytes of all states} and {T: seconds of a step} after T tokens."""
-    torch.manual_seed(0)
-    model = LanguageModel(recall_config(mixer, d_model=128, heads=2)).eval()
+def costs_of_a_token(mixers, contexts):
+    """{(mixer, T): bytes of all states} and {(mixer, T): seconds of a step} after T tokens."""
     token = torch.zeros(1, dtype=torch.int64)
     sizes = {}
     calls = {}
-    for T in contexts:
-        _, states = model.prefill(torch.zeros(1, T, dtype=torch.int64))
-        sizes[T] = state_bytes(states.layers)
-        calls[T] = partial(model.step, token, states)
-    return sizes, lesson.median_seconds(calls, repeats=21)  # contexts take turns
+    for mixer in mixers:
+        torch.manual_seed(0)
+        model = LanguageModel(recall_config(mixer, d_model=128, heads=2)).eval()
+        for T in contexts:
+            _, states = model.prefill(torch.zeros(1, T, dtype=torch.int64))
+            sizes[mixer, T] = state_bytes(states.layers)
+            calls[mixer, T] = partial(model.step, token, states)
+    return sizes, lesson.median_seconds(calls, repeats=21)  # all take turns
 
 
 def show_what_a_token_costs(contexts=(256, 1024, 4096, 16384)):
-    """Kilobytes of all states, milliseconds of a step; last, how many times softmax takes."""
+    """Kilobytes of all states and milliseconds of a step; last, softmax divided by ReBased."""
+    mixers = ("conv_attention", "based", "rebased")
+    sizes, seconds = costs_of_a_token(mixers, contexts)
     print("two layers, d_model 128, 2 heads, one sequence\n")
     print(f"{'':16}" + "".join(f"{f'T = {T:,}':>22}" for T in contexts))
-    costs = {}
-    for mixer in ("conv_attention", "based", "rebased"):
-        sizes, seconds = cost_of_a_token(mixer, contexts)
-        costs[mixer] = sizes, seconds
-        cells = [f"{sizes[T] / 1024:10,.0f} KB{seconds[T] * 1e3:6.2f} ms" for T in contexts]
-        print(f"{mixer:16}" + "".join(cells))
-    softmax_sizes, softmax_seconds = costs["conv_attention"]
-    cells = []
+    for mixer in mixers:
+        print(f"{mixer:16}", end="")
+        for T in contexts:
+            print(f"{sizes[mixer, T] / 1024:10,.0f} KB{seconds[mixer, T] * 1e3:6.2f} ms", end="")
+        print()
+    print(f"{'quotient':16}", end="")
     for T in contexts:
-        size = softmax_sizes[T] / sizes[T]
-        time = softmax_seconds[T] / seconds[T]
-        cells.append(f"{size:10.1f} × {time:6.1f} × ")
-    print(f"{'softmax/rebased':16}" + "".join(cells) + "\n")
+        size = sizes["conv_attention", T] / sizes["rebased", T]
+        time = seconds["conv_attention", T] / seconds["rebased", T]
+        print(f"{size:10.1f}   {time:6.1f}   ", end="")
+    print("\n")
 
 
 if __name__ == "__main__":

@@ -88,6 +88,15 @@ def check_tokens(tokens, vocab_size):
         raise ValueError(f"tokens must lie in 0 and below {vocab_size}, got {tokens.min()} to {tokens.max()}")
 
 
+def check_length(length, positions):
+    """Raise ValueError for more tokens than a model has learned positions."""
+    if length > positions:
+        raise ValueError(
+            f"{length} tokens, but this model has {positions} learned positions; "
+            "shorten the input or build it with positions=0"
+        )
+
+
 def check_positions(positions, tokens):
     """Raise ValueError unless positions are (B, n) int64, places of tokens (B, T)."""
     if positions.dtype != torch.int64 or positions.ndim != 2 or len(positions) != len(tokens):
