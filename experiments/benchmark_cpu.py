@@ -129,13 +129,14 @@ def needed_flops(T):
 
 
 def measure(T, backward):
-    """One row of results: seconds of every form that fits, medians of five turns (up to 2,048 tokens of 25)."""
+    """One row of results: seconds of every form that fits. Medians of five turns for softmax and the chunked form (of 25
+    up to 2,048 tokens), of three for the others."""
     speed = lesson.machine_speed()
     calls = {form: make_call(form, T, backward) for form in COMPARED if fits(form, T, backward, speed)}
     turns = 25 if T <= 2048 else 5
     pair = {form: calls.pop(form) for form in ("softmax", "chunked") if form in calls}
     seconds = lesson.median_seconds(pair, turns)
-    seconds |= lesson.median_seconds(calls)
+    seconds |= lesson.median_seconds(calls, 3)
     row = {"T": T, "backward": backward, "threads": torch.get_num_threads(), "seconds": seconds}
     row |= {"peak_bytes": None, "gflop_rate": None, "share": None}
     if backward:
