@@ -45,6 +45,7 @@ model.BLOCKS["rwkv"] = rwkv.RWKVBlock
 # What is run: every field can be set from the command line
 LEARNING_RATES = {  # chosen by the search of --preset ladder, on seeds that are not reported: results/mqar_ladder.jsonl
     **train_mqar.LEARNING_RATES,
+    "conv_attention": 0.003,  # 1.0000 against .9996 at .01, which 04 takes: it learns faster
     "based_no_floor": 0.003,
     "rebased_floor": 0.003,
 }
