@@ -129,8 +129,8 @@ def needed_flops(T):
 
 
 def measure(T, backward):
-    """One row of results: seconds of every form that fits. Medians of five turns for softmax and the chunked form (of 25
-    up to 2,048 tokens), of three for the others."""
+    """One row of results: seconds of every form that fits. Medians of five turns for softmax and the chunked form (up
+    to 2,048 tokens of 25), of three for the others."""
     speed = lesson.machine_speed()
     calls = {form: make_call(form, T, backward) for form in COMPARED if fits(form, T, backward, speed)}
     turns = 25 if T <= 2048 else 5
