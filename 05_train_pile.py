@@ -268,13 +268,15 @@ def next_token_losses(model, tokens):
 def add_gradients(model, parts, before_the_last=nullcontext):
     """Leave the gradient of the mean loss over these micro-batches in the parameters.
 
-    before_the_last: makes a context for every part but the last. Returns the loss.
+    before_the_last: makes a context for every part but the last; the next section needs one.
+    Returns the loss.
     """
     sequences = sum(len(part) for part in parts)
     total = 0.0
     for i, part in enumerate(parts):
         last = i + 1 == len(parts)
-        with nullcontext() if last else before_the_last():
+        context = nullcontext() if last else before_the_last()
+        with context:
             loss = next_token_losses(model, part).mean() * (len(part) / sequences)
             loss.backward()
         total = total + loss.detach()
@@ -315,9 +317,9 @@ if __name__ == "__main__":
 # Are two processes one? Up to rounding: a sum in another order differs by about 1e-7. In Based and
 # softmax the loss still agrees to 1e-6 after 50 steps. In ReBased it differs by 1e-3 after 25,
 # probably because the gradient of a nearly vanishing normaliser is large. So a test demands less of
-# two processes than equality: the gradient of the first step must be that of one process within
-# 1e-5, and the mean of ReBased's losses over 50 steps must differ by less than the standard
-# deviation of that mean over four seeds.
+# two processes than equality. The gradient of the first step must be that of one process within
+# 1e-5, and so must ReBased's first three losses. The mean of its losses over 50 steps must differ
+# by less than the standard deviation of that mean over four seeds.
 
 # %%
 def make_ready(model, settings):
@@ -512,10 +514,10 @@ if __name__ == "__main__":
 # - `rare`: and that pair is rare in the training text, so that knowing the language does not help:
 #   it occurs there at most 1,250 times [2].
 #
-# 1,250 is a count, whatever the text: [2] chose it for words of the Pile. There are few pairs of
-# *bytes*. Of 7,170 in the 6 million bytes that come with Python 3.11, only 543 occur more often,
-# but these are 90 % of the text. So `rare` takes a small share of the laptop's tokens. The picture
-# below leaves it out, for it depends on the training text.
+# 1,250 is a count, whatever the text: [2] chose it for the Pile in tokens of GPT-2. There are few
+# different pairs of *bytes*: 7,170 in the 6 million training bytes that come with Python 3.11. Only
+# 543 of them occur more often than that, but these fill 90 % of the text. So `rare` takes a small
+# share of the laptop's tokens. The picture below leaves it out, for it needs the training text.
 
 # %%
 DEFINITIONS = ("token", "bigram", "rare")
