@@ -171,8 +171,8 @@ if __name__ == "__main__":
 # Everything that decides how a run ends stands in one place. The learning rates were chosen by a
 # search among .001, .003 and .01, on seeds that are not reported (100 and 101; results/README.md).
 # For softmax the search could not tell .003 from .01, and the faster one is taken: on those seeds
-# it has learned the task after 600 steps, where .003 takes 1,000 (and on one of five other seeds more
-# than 2,000). The first 100 steps of softmax warm up.
+# it has learned the task after 600 steps, where .003 takes 1,000 (and on one of five other seeds
+# more than 2,000). The first 100 steps of softmax warm up.
 
 # %%
 LEARNING_RATES = {"conv_attention": 0.01, "rebased": 0.01, "based": 0.003}  # the first is softmax
