@@ -628,8 +628,8 @@ if __name__ == "__main__":
     lesson.check(check_no_opinion_is_eight_bits)
 
 # %% [markdown]
-# All numbers of one model are then its perplexities on the slices, its bits per byte on the subsets,
-# and its loss by the position in the context.
+# All numbers of one model are then its perplexities on the slices, its bits per byte on the
+# subsets, and its loss by the position in the context.
 
 # %%
 def evaluate(model, data, settings, common):
