@@ -107,7 +107,8 @@ EPS_ON_CHIP = tl.constexpr(EPS)  # a kernel may read a global only if it is a tl
 #   D, DV                 columns of q and k, and of v
 #   P_PAD                 features, padded to a multiple of BLOCK_F
 #   BLOCK_D, BLOCK_DV     D and DV as tl.dot wants them, powers of two from 16 on; loads fill with 0
-#   SEGMENT, TILE, STEP   as above, or smaller: section 7 says when
+#   SEGMENT, TILE, STEP   as above by default: the caller may choose another SEGMENT, and section 7
+#                         halves TILE and STEP where factors have four bytes
 #   DTYPE                 of the two factors of every tl.dot; sums are always float32
 #   PRECISION             how tl.dot multiplies float32 factors: "ieee" exactly, "tf32" with 10 bits
 #                         on the tensor cores
