@@ -15,6 +15,9 @@ from tqdm import tqdm
 
 from rebased import lesson
 
+# glibc gives freed megabytes back to the system and gets them again, zeroed, at the next tensor: 420 to 670 page faults
+# a step of 04. With these it keeps them, 65 faults a step, and a step takes 0 to 27 % less time (three pairs of runs).
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": 2**25, "MALLOC_TRIM_THRESHOLD_": 2**30}
 HERE = {"device": torch.device("cpu")}  # in a worker: its device, and the queue to the program that started it
 
 
@@ -54,6 +57,8 @@ def run_all(work, runs, steps_of, workers, keep):
     work must be importable. A bar counts steps, steps_of(run) at most for each run; report(steps done, loss, accuracy)
     moves it. Raises Refusal if a worker dies. Whatever stops this, what was kept is kept, and no worker stays behind.
     """
+    for name, size in ALLOCATOR.items():
+        os.environ.setdefault(name, str(size))  # read by a worker's C library when it starts
     context = multiprocessing.get_context("spawn")
     numbers, news = context.Queue(), context.Queue()
     workers = min(workers, len(runs))
