@@ -50,7 +50,9 @@ def finish():
 # Figures
 def in_notebook():
     """Whether this process is the kernel of a notebook."""
-    return "ipykernel" in sys.modules
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython else None
+    return hasattr(shell, "kernel")
 
 
 def new_figure(width, height):
