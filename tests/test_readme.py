@@ -28,7 +28,8 @@ def test_the_example_runs():
     (example,) = fenced(README, "python")
     names = {}
     exec(example, names)
-    assert names["o"].shape == (2, 4, 64) and names["kernel"].floor == 0.0
+    assert names["o"].shape == (2, 4, 1000, 64) and names["o1"].shape == (2, 4, 64)
+    assert names["based"].coefficients == (0.5, 1.0, 0.5)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
