@@ -388,7 +388,7 @@ def test_ctrl_c_keeps_what_is_finished(tmp_path):
     arguments = command(tmp_path, "--seeds", "0", "1", "2", "--steps", "150")
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process = subprocess.Popen(arguments, start_new_session=True, **pipes)
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 400
     while not files.read_rows(tmp_path / "rows.jsonl") and time.monotonic() < deadline:
         time.sleep(0.2)
     process.send_signal(signal.SIGINT)
