@@ -25,7 +25,7 @@ References
   [3] Efraimidis and Spirakis, Weighted random sampling with a reservoir, Information Processing
       Letters 97, 2006.
 
-Run: python 04_train_mqar.py              (3 attentions × 5 seeds: 4 minutes on two cores)
+Run: python 04_train_mqar.py              (3 attentions × 5 seeds: 5 minutes on two cores)
      python 04_train_mqar.py --seeds 0    (one seed of each: 1 minute)
   Results go to runs/mqar.jsonl, a line for each run; runs that are there are not repeated.
 """
