@@ -60,6 +60,8 @@ def new_figure(width, height):
 
     It belongs to no backend: nothing is opened on a screen, and a notebook keeps its own settings.
     """
+    if not in_notebook():
+        os.environ.pop("MPLBACKEND", None)  # a notebook's `!python` hands down a backend that only it has
     try:
         from matplotlib.figure import Figure
     except ImportError:

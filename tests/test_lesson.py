@@ -64,7 +64,7 @@ def test_figures_leave_the_backend_alone():
         "import sys; from rebased import lesson; f = lesson.new_figure(2, 2); f.subplots()\n"
         "lesson.save_figure(f, sys.argv[1], 'x'); assert 'matplotlib.pyplot' not in sys.modules"
     )
-    for backend in ("module://matplotlib_inline.backend_inline", "TkAgg"):
+    for backend in ("module://matplotlib_inline.backend_inline", "TkAgg", "no such backend"):
         done = subprocess.run(
             [sys.executable, "-c", code, "/dev/null/x.png"], cwd=ROOT, capture_output=True, text=True,
             env={"MPLBACKEND": backend, "PATH": ""},
