@@ -19,7 +19,7 @@ SMALL = {  # the command line of a small run, as `%run` would give it
     "02_linear_attention": [],
     "03_model": [],
     "04_train_mqar": ["--seeds", "0", "--steps", "20", "--workers", "2", "--output", "{tmp}/rows.jsonl"],
-    "05_train_pile": ["--steps", "3", "--out", "{tmp}/pile"],
+    "05_train_pile": ["--set", "steps=3", "eval_tokens=5000", "--out", "{tmp}/pile"],
 }
 
 
