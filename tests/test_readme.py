@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from experiments import mqar_report
+from rebased import files, kernels, train_mqar
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -61,3 +62,22 @@ def test_a_table_is_what_its_command_prints(block, tmp_path, capsys, monkeypatch
 def test_every_file_of_rows_is_described():
     for path in (ROOT / "results").iterdir():
         assert f"`{path.name}`" in RESULTS or path.name == "README.md", path.name
+
+
+def test_the_main_table_is_that_of_its_rows(capsys):
+    """04's own words and table, from results/mqar.jsonl; and the numbers that 01 and README.md take from it."""
+    lines = train_mqar.lines_of(files.read_rows(ROOT / "results" / "mqar.jsonl"))
+    lengths = list(train_mqar.Run.test_lengths)
+    train_mqar.print_tables(lines, lengths)
+    train_mqar.read_tables(lines, lengths)
+    assert capsys.readouterr().out.strip() in RESULTS
+
+    def mean(title, length, measure):
+        values = train_mqar.values_of(lines[title], length, "uniform", measure)
+        return sum(values) / len(values)
+
+    lesson = Path(kernels.__file__).read_text(encoding="utf-8")
+    for value in (f"{mean('Based', 8192, 'filler'):.2f}", f"{mean('Based', 128, 'filler'):.3f}"):
+        assert f"{value.removeprefix('0')} " in lesson
+    before, after = (f"{mean(title, 8192, 'accuracy'):.2f}"[1:] for title in ("Based", "Based, floor 0"))
+    assert f"recall goes from {before} to {after}" in README
