@@ -12,8 +12,8 @@ rows alone. Whatever interrupts this, finished runs are kept, and the same comma
 
 Long contexts cost nothing here. All filler tokens but the first two after a pair or a query look the same to the
 attention: they have one key and one value. So one of them can stand for all the others, with a *count*, by which its
-weight is multiplied. A context of any length becomes one of 6K tokens that has the same outputs at its queries; `predict`
-compares it with contexts that are written out.
+weight is multiplied. A context of any length becomes one of 6K tokens that has the same outputs at its queries;
+`predict` compares it with contexts that are written out.
 """
 
 import argparse
@@ -177,7 +177,7 @@ def training_contexts(steps, length, seed, random_filler):
     return with_random_filler(written_out(*examples), seed)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def test_contexts(length, placement, random_filler=False, as_written=False):
     """The examples that 04 tests with: 256, and 64 from 8,192 tokens on."""
     n = 256 if length < 8192 else 64
