@@ -376,7 +376,9 @@ def planned_runs(part, seeds, rate_of):
                 for seed in seeds[:2] for f in (0.0, 0.5) for kernel in ("based", "rebased")]
     else:
         runs = [run for seed in few for run in control_runs(seed)]
-    return [replace(run, learning_rate=rate_of(run)) for run in runs]
+        for seed in seeds:  # one rate for all, that of Based in 04
+            runs += [Run(kernel, floor, seed, 0.003) for floor in (0.0, 0.5) for kernel in ("based", "rebased")]
+    return [replace(run, learning_rate=run.learning_rate or rate_of(run)) for run in runs]
 
 
 def trained_at_runs(seeds, rate_of):
