@@ -1,14 +1,16 @@
 """The floor, from six sides: what it costs, who would keep it, what it predicts, and what else could explain it.
 
-  python -m experiments.floor                      all parts; an hour and a half of two cores
+  python -m experiments.floor                      all parts
   python -m experiments.floor dose                 floors from 0 to 1 in training; the floor set to 0 at test
   python -m experiments.floor learned              a floor that is trained with everything else
   python -m experiments.floor predict              shorter contexts that stand for long ones, beside the long ones
   python -m experiments.floor trained-at           trained at 2,048 and at 8,192 tokens, six kernels
-  python -m experiments.floor controls             random filler, 12 heads, other widths, no decay, other kernels
+  python -m experiments.floor controls             one rate, random filler, 12 heads, widths, no decay, other kernels
+  python -m experiments.floor ladder               the kernels of the paper's Table 1 and softmax, with ½ and without
 
 Task, model and optimiser are those of 04_train_mqar.py. Tables and figure are made by experiments/floor_report.py, from
-rows alone. Whatever interrupts this, finished runs are kept, and the same command goes on.
+rows alone. Whatever interrupts this, finished runs are kept, and the same command goes on; where all rows are there, as
+in results/floor.jsonl, `--output results/floor.jsonl` trains nothing and prints the tables.
 
 Long contexts cost nothing here. All filler tokens but the first two after a pair or a query look the same to the
 attention: they have one key and one value. So one of them can stand for all the others, with a *count*, by which its
@@ -79,11 +81,9 @@ class CosineKernel(kernels.ReBasedKernel):
         return (F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT).square() + self.floor
 
 
+LADDER = ("rebased", "x2", "norm", "gamma", "gamma_beta", "based", "based_norm", "elementwise")  # [1, Table 1]
 KERNELS = {
-    "based": kernels.TaylorKernel,
-    "rebased": kernels.ReBasedKernel,
-    "based_norm": kernels.KERNELS["based_norm"],
-    "x2": kernels.KERNELS["x2"],
+    **{name: kernels.KERNELS[name] for name in LADDER},
     "based, learned": LearnedTaylor,
     "rebased, learned": LearnedReBased,
     "quartic": QuarticKernel,
@@ -93,7 +93,7 @@ KERNELS = {
 
 @dataclass(frozen=True)
 class Run:
-    """One model to be trained and tested. floor: in training; where it is learned, where it starts."""
+    """One model to be trained and tested. kernel: a name in KERNELS, or softmax. floor: the one it is trained with."""
 
     kernel: str
     floor: float
@@ -197,14 +197,17 @@ def fillers_before(contexts):
 
 # Model and training
 def build(run):
-    """The model of 04 with the kernel of a run."""
+    """The model of 04 with the kernel of a run, and that kernel (None for softmax)."""
     torch.manual_seed(run.seed)
     vocab_size = VOCAB_SIZE + (FILLERS if run.random_filler else 0)
-    config = model.recall_config("rebased", vocab_size, run.d_model, run.heads)
+    mixer = "conv_attention" if run.kernel == "softmax" else "rebased"
+    config = model.recall_config(mixer, vocab_size, run.d_model, run.heads)
     recall_model = model.LanguageModel(config)
-    mixer = recall_model.blocks[-1].mixer
-    mixer.kernel = KERNELS[run.kernel](config.feature_dim, run.heads, floor=run.floor)
-    return recall_model, mixer.kernel
+    if run.kernel == "softmax":
+        return recall_model, None
+    kernel = KERNELS[run.kernel](config.feature_dim, run.heads, floor=run.floor)
+    recall_model.blocks[-1].mixer.kernel = kernel  # it draws nothing: all kernels start from the same weights
+    return recall_model, kernel
 
 
 def logits_of(recall_model, contexts):
@@ -220,8 +223,8 @@ def logits_of(recall_model, contexts):
 
 
 def floor_of(kernel):
-    """The floor as a number, also where it is trained."""
-    return torch.as_tensor(kernel.floor).item()
+    """The floor as a number, also where it is trained; softmax has none."""
+    return torch.as_tensor(kernel.floor).item() if kernel else 0.0
 
 
 def parameter_groups(recall_model, run):
@@ -332,30 +335,32 @@ LIKE = {"quartic": "based", "cosine": "rebased", "based, learned": "based", "reb
 
 
 def search_runs(part):
-    """Runs that choose learning rates, on seeds of their own: every rate for whatever gets one."""
+    """Runs that choose the learning rates of a part, on seeds of their own: every rate for whatever gets one."""
     runs = []
     for seed in SEARCH_SEEDS:
         for rate in RATES:
             if part == "trained-at":
                 runs += trained_at_runs([seed], lambda run, rate=rate: rate)
+            elif part == "ladder":
+                runs += [replace(run, learning_rate=rate) for run in ladder_runs(seed)]
             else:
                 for kernel in ("based", "rebased"):
                     runs += [Run(kernel, floor, seed, rate) for floor in (0.0, 0.5)]
     return runs
 
 
-def rate_key(run):
-    """What shares a learning rate. Up to 128 tokens a kernel has one for all floors, so that these can be compared."""
+def rate_key(run, part):
+    """What shares a learning rate: in a ladder every system has its own, else a kernel has one for all its floors."""
     kernel = LIKE.get(run.kernel, run.kernel)
-    return (kernel, run.length) if run.length == 128 else (kernel, run.length, run.floor)
+    return (kernel, run.length, run.floor) if part in ("trained-at", "ladder") else kernel
 
 
-def best_rates(rows):
+def best_rates(rows, part):
     """{rate_key: the rate with the lowest training loss, the mean over the searched runs}."""
     losses = {}
     for row in rows:
         run = run_of(row)
-        losses.setdefault(rate_key(run), {}).setdefault(run.learning_rate, []).append(row["loss"])
+        losses.setdefault(rate_key(run, part), {}).setdefault(run.learning_rate, []).append(row["loss"])
     chosen = {}
     for key, by_rate in losses.items():
         chosen[key] = min(by_rate, key=lambda rate, by=by_rate: sum(by[rate]) / len(by[rate]))
@@ -371,6 +376,8 @@ def planned_runs(part, seeds, rate_of):
         runs = [Run(kernel, f, seed, 0) for seed in seeds for f in FLOORS for kernel in ("based", "rebased")]
     elif part == "learned":
         runs = [Run(f"{kernel}, learned", 0.5, seed, 0) for seed in seeds for kernel in ("based", "rebased")]
+    elif part == "ladder":
+        runs = [run for seed in seeds[:5] for run in ladder_runs(seed)]
     elif part == "predict":
         runs = [Run(kernel, f, seed, 0, written_out=True)
                 for seed in seeds[:2] for f in (0.0, 0.5) for kernel in ("based", "rebased")]
@@ -391,6 +398,12 @@ def trained_at_runs(seeds, rate_of):
     return runs
 
 
+def ladder_runs(seed):
+    """Softmax, and every kernel without a floor and with one of ½."""
+    runs = [Run("softmax", 0.0, seed, 0, warmup=100)]
+    return runs + [Run(kernel, floor, seed, 0) for kernel in LADDER for floor in (0.0, 0.5)]
+
+
 def control_runs(seed):
     """What else could explain it: each setting with a floor and without."""
     runs = []
@@ -405,7 +418,7 @@ def control_runs(seed):
     return [*runs, quartic, replace(quartic, floor=QuarticKernel.LOWEST)]
 
 
-PARTS = ("dose", "learned", "predict", "trained-at", "controls")
+PARTS = ("dose", "learned", "predict", "trained-at", "controls", "ladder")
 
 
 def run_of(row):
@@ -432,12 +445,12 @@ def perform_all(parts, seeds, path, processes, where_from):
     """The rows of all parts, {part: rows}, and those of their searches."""
     rows, searched = {}, {}
     for part in parts:
-        search = "trained-at" if part == "trained-at" else "128"
+        search = part if part in ("trained-at", "ladder") else "128"
         if search not in searched:
             planned = search_runs(part)
             searched[search] = perform(planned, search, "search", path, processes, where_from)
-        rates = best_rates(searched[search])
-        planned = planned_runs(part, seeds, lambda run, rates=rates: rates[rate_key(run)])
+        rates = best_rates(searched[search], part)
+        planned = planned_runs(part, seeds, lambda run, rates=rates, part=part: rates[rate_key(run, part)])
         rows[part] = perform(planned, part, "report", path, processes, where_from)
     return rows, searched
 
@@ -448,7 +461,7 @@ def main(argv=None):
     add = parser.add_argument
     add("parts", nargs="*", metavar="PART", help=f"from {', '.join(PARTS)} (all)")
     add("--seeds", nargs="+", type=train_mqar.seed_number, default=list(range(10)), metavar="SEED",
-        help="of the reported runs; controls take the first three, predict the first two (0 to 9)")
+        help="of the reported runs (0 to 9); ladder takes the first five, controls three, predict two")
     add("--workers", type=lesson.positive_integer, default=lesson.usable_cores(), help="processes (%(default)s)")
     add("--output", type=lesson.writable_path, default="runs/floor.jsonl", help="rows (%(default)s)")
     add("--figure", type=lesson.writable_path, default="runs/floor.png", help="(%(default)s)")

@@ -1,13 +1,10 @@
 """Tables and the figure of experiments/floor.py, from rows alone.
 
-  python -m experiments.floor_report results/floor.jsonl        prints the tables; draws runs/floor.png
-
 Differences are taken by seed: runs of one seed have the same examples in the same order and start from the same
 weights. Beside a mean difference stand its 95 % interval, by Student's t, and p of the exact permutation test: of all
 2^n ways to flip the signs of n differences, the share whose mean is at least as far from 0.
 """
 
-import argparse
 import itertools
 import math
 import sys
@@ -17,12 +14,14 @@ from statistics import mean, median, stdev
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from rebased import files, lesson
+from rebased import lesson
 
 PLACEMENTS = ("uniform", "official")
 FAR = 8192  # tokens
-NAMES = {"based": "(1+s)²/2", "rebased": "ReBased", "based_norm": "Based + norm", "x2": "x²", "cosine": "cosine²",
-         "quartic": "quartic"}
+NAMES = {
+    **{"based": "(1+s)²/2", "rebased": "ReBased", "based_norm": "norm, (1+s)²/2", "x2": "x²", "norm": "norm(x)²"},
+    **{"gamma": "(γx)²", "gamma_beta": "(γx+β)²", "elementwise": "element-wise", "cosine": "cosine²"},
+}
 
 
 # Statistics
@@ -82,10 +81,8 @@ def without_floor(rows, cell, measure="accuracy"):
 
 def title(kernel, floor):
     name = NAMES.get(kernel, kernel)
-    if kernel == "based_norm":
-        return name  # has its ½
-    if (kernel, floor) == ("based", 0.5):
-        return "Based"
+    if floor == 0.5 and kernel in ("based", "based_norm"):
+        return "Based" if kernel == "based" else "Based + norm"
     return f"{name} + {floor:g}" if floor else name
 
 
@@ -276,6 +273,27 @@ def print_controls(rows):
             print(line + f"{mean(column(own, f'{FAR} uniform', 'filler')):8.3f}")
 
 
+# ladder
+def print_ladder(rows):
+    """Every kernel without a floor and with ½, at the rate of its own search; the floor of ½ set to 0 at test."""
+    print(f"\nladder: accuracy at {FAR:,} tokens, each system at its own rate")
+    print(f"{'':18}{'n':>3}{'rate':>7}{'at 128':>8}{'uniform':>16}{'floor := 0':>16}{'official':>16}{'floor := 0':>16}"
+          f"{'filler':>8}{'without a floor, by seed (uniform)':>48}")
+    for kernel, floor in dict.fromkeys((row["kernel"], row["floor"]) for row in rows):
+        own = having(rows, kernel=kernel, floor=floor)
+        line = f"{title(kernel, floor):18}{len(own):3}{own[0]['learning_rate']:7g}"
+        line += f"{mean(column(own, '128 official')):8.3f}"
+        for placement in PLACEMENTS:
+            cell = f"{FAR} {placement}"
+            line += f"{spread(column(own, cell)):>16}"
+            line += f"{spread(without_floor(own, cell)):>16}" if floor else " " * 16
+        line += f"{mean(column(own, f'{FAR} uniform', 'filler')):8.3f}"
+        if floor:
+            base = having(rows, kernel=kernel, floor=0.0)
+            line += f"{compare(column(own, f'{FAR} uniform'), column(base, f'{FAR} uniform')):>48}"
+        print(line)
+
+
 # The search
 def print_search(rows):
     """Training loss and accuracy beyond the trained length at every rate."""
@@ -310,6 +328,8 @@ def report(rows, searched):
         print_trained_at(rows["trained-at"])
     if "controls" in rows:
         print_controls(rows["controls"])
+    if "ladder" in rows:
+        print_ladder(rows["ladder"])
     for own in searched.values():
         print_search(own)
     every = [row for own in (*rows.values(), *searched.values()) for row in own]
@@ -418,27 +438,3 @@ def draw(rows, path):
     lesson.save_figure(figure, path, "Four panels: accuracy by length of context, to a million tokens; accuracy by the "
                        "floor in training, as trained and with the floor set to 0; floors that are trained, by step; "
                        f"accuracy of every seed trained at {FAR:,} tokens. The numbers stand in the tables.")
-
-
-def read(path):
-    """{part: rows}, {part: searched rows} of a file."""
-    rows, searched = {}, {}
-    for row in files.read_rows(path, ["part", "role", "kernel", "floor", "seed", "cells", "seconds"]):
-        (rows if row["role"] == "report" else searched).setdefault(row["part"], []).append(row)
-    if not rows and not searched:
-        raise lesson.Refusal(f"{path}: no rows; python -m experiments.floor makes them")
-    return rows, searched
-
-
-def main(argv=None):
-    parser = argparse.ArgumentParser(description="Tables and figure of experiments/floor.py; trains nothing")
-    parser.add_argument("rows", type=Path, help="the file that experiments/floor.py wrote")
-    parser.add_argument("--figure", type=lesson.writable_path, default="runs/floor.png", help="(%(default)s)")
-    options = lesson.parse_arguments(parser, argv)
-    rows, searched = lesson.obey(lambda: read(options.rows), "nothing was written")
-    report(rows, searched)
-    draw(rows, options.figure)
-
-
-if __name__ == "__main__":
-    main()
