@@ -516,18 +516,18 @@ def print_look(rows):
     if not shown:
         return
     print("\nWhere the attention of the queries goes at the trained length (official queries), and its IoU with the\n"
-          "truth: a place counts as attended if it has at least half of the largest weight of its row; the places of\n"
-          "the right pair count as one.\n")
-    heads = f"{'accuracy':>10}{'right pair':>12}{'other pairs':>12}{'filler':>9}{'IoU':>16}"
+          "truth, by two rules. Hard: a place counts as attended if it has at least half of the largest weight of its\n"
+          "row; the places of the right pair count as one. Soft: r/(2 − r), where r is the share on the right pair.\n")
+    heads = f"{'accuracy':>10}{'right pair':>12}{'other pairs':>12}{'filler':>9}{'hard IoU':>10}{'soft IoU':>16}"
     print(f"{'':18}{'T':>6}{'K':>5}{'d':>5}{heads}")
     for (mixer, T, K, d), own in shown.items():
         means = {}
         for measure in ("accuracy", "right", "others", "filler", "iou"):
             means[measure], _ = mean_std(column(own, f"{T} official", measure))
         beside = f" [{IOU[mixer]:.3f}]" if mixer in IOU and (T, K) == IOU_CELL else ""
-        iou = f"{means['iou']:.3f}{beside}"
+        soft = f"{means['right'] / (2 - means['right']):.3f}{beside}"
         line = f"{title(mixer):18}{T:6,}{K:5}{d:5}{means['accuracy']:10.3f}{means['right']:12.3f}"
-        print(line + f"{means['others']:12.3f}{means['filler']:9.3f}{iou:>16}")
+        print(line + f"{means['others']:12.3f}{means['filler']:9.3f}{means['iou']:10.3f}{soft:>16}")
     if not any(cell[1:3] == IOU_CELL for cell in shown):
         T, K = IOU_CELL
         print(f"(The paper's IoU, by a rule it does not state, is of T = {T}, K = {K}: not among these rows.)")
@@ -566,13 +566,15 @@ PLACED = {"gamma_q": "γ of q", "gamma_k": "γ of k", "beta_q": "β of q", "beta
 
 
 def print_placed(rows):
-    """Mean and spread of the entries of γ and β after the last epoch, over seeds."""
+    """Mean and spread of the entries of γ and β after the last epoch, over seeds, and what decay alone leaves of γ."""
     cells = {cell: own for cell, own in reported(rows).items() if own[0].get("placed")}
     if not cells:
         return
     print("\nγ and β after training: mean ± std over their entries, averaged over seeds. They start at 1 and 0; the\n"
-          "paper's figure 10 ends near .13 and 0 [1].\n")
-    print(f"{'':18}{'T':>6}{'d':>5}" + "".join(f"{label:>17}" for label in PLACED.values()))
+          "paper's figure 10 ends near .13 and 0 [1]. Last: the γ that weight decay alone would leave. A mean β\n"
+          "near 0 is not a small β: its size is its spread.\n")
+    heads = "".join(f"{label:>17}" for label in PLACED.values())
+    print(f"{'':18}{'T':>6}{'d':>5}{heads}{'γ by decay':>13}")
     for (mixer, T, _, d), own in cells.items():
         entries = ""
         for name in PLACED:
@@ -582,7 +584,24 @@ def print_placed(rows):
                 mean, std = (sum(values) / len(ends) for values in zip(*ends, strict=True))
                 entry = f"{mean:.3f} ± {std:.3f}"
             entries += f"{entry:>17}"
-        print(f"{title(mixer):18}{T:6,}{d:5}{entries}")
+        left = "–"
+        if "gamma_q" in own[0]["placed"]:
+            left = f"{sum(decay_alone(row) for row in own) / len(own):.3f}"
+        print(f"{title(mixer):18}{T:6,}{d:5}{entries}{left:>13}")
+
+
+def decay_alone(row):
+    """What AdamW's weight decay of 0.1 would leave of a parameter that starts at 1 and never gets a gradient."""
+    settings = row["settings"]
+    per_epoch = settings["examples"] // settings["batch"]
+    epochs_done = len(row["placed"]["gamma_q"]) - 1  # a row has the beginning, too
+    left = 1.0
+    for step in range(epochs_done * per_epoch):
+        done = step // per_epoch * per_epoch if settings["rate_by_epoch"] else step
+        schedule = (1 + math.cos(math.pi * done / (settings["epochs"] * per_epoch))) / 2
+        warmup = min(1, (step + 1) / (settings["warmup"] + 1))
+        left *= 1 - 0.1 * row["learning_rate"] * warmup * schedule
+    return left
 
 
 def draw_placed(rows, path):

@@ -1,9 +1,11 @@
 """The specification of experiments/mqar_report.py: tables from rows alone, each row once, no claim without its rows."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
+import torch
 
 from experiments import mqar_report
 from rebased import files, kernels
@@ -143,6 +145,27 @@ def test_the_papers_iou_stands_beside_its_own_cell_only(capsys):
     mqar_report.print_look(both)
     out = capsys.readouterr().out
     assert out.count("[0.173]") == 1 and "not among these rows" not in out
+
+
+def test_the_soft_iou_is_that_of_the_share(capsys):
+    """.5 on the right pair: the smaller of weight and truth sum to .5, the larger to 1.5."""
+    mqar_report.print_look([example_row("rebased", 0, 0.01, 1.0, K=32)])
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("ReBased"))
+    assert line.split()[-2:] == ["0.333", "[0.173]"] and line.split()[-3] == "0.400"
+
+
+def test_what_decay_alone_leaves_of_gamma():
+    """An AdamW of PyTorch beside a parameter whose gradient is 0, over the same cosine."""
+    row = example_row("rebased", 0, 0.02, 1.0)
+    row["settings"] = {"examples": 64, "batch": 16, "epochs": 5, "warmup": 3, "rate_by_epoch": False}
+    row["placed"] = {"gamma_q": [[1, 0]] * 4}  # it stopped after three epochs of five
+    gamma = torch.ones(1, requires_grad=True)
+    optimizer = torch.optim.AdamW([gamma], weight_decay=0.1)
+    for step in range(12):
+        optimizer.param_groups[0]["lr"] = 0.02 * min(1, (step + 1) / 4) * (1 + math.cos(math.pi * step / 20)) / 2
+        gamma.grad = torch.zeros(1)
+        optimizer.step()
+    assert abs(mqar_report.decay_alone(row) - gamma.item()) < 1e-6
 
 
 def test_floors_are_counted_where_the_task_was_learned(capsys):
