@@ -67,7 +67,7 @@ class LearnedReBased(LearnedFloor, kernels.ReBasedKernel):
 class QuarticKernel(kernels.TaylorKernel):
     """exp(s) to the fourth degree, 1 + s + s²/2 + s³/6 + s⁴/24, moved down so that its lowest value is the floor."""
 
-    LOWEST = 0.2706479  # at s = -1.5961, where the derivative 1 + s + s²/2 + s³/6 is 0
+    LOWEST = 0.270394765  # s⁴/24 at s = -1.5961, where the derivative 1 + s + s²/2 + s³/6 is 0
 
     def scores(self, q, k):
         s = kernels.scaled_dot(q, k)
