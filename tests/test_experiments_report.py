@@ -2,13 +2,17 @@
 
 import json
 import math
+import random
+import re
+import statistics
 from pathlib import Path
 
 import pytest
 import torch
+from matplotlib import colors
 
 from experiments import mqar_report
-from rebased import files, kernels
+from rebased import files, kernels, lesson
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -242,3 +246,350 @@ def test_a_grid_of_the_papers_ablation_is_drawn(tmp_path, capsys):
         rows += [example_row(mixer, seed, 0.01, 0.9 - seed / 10, d=d, T=256, K=32) for d in (16, 24) for seed in (0, 1)]
     mqar_report.draw_grid(rows, tmp_path / "grid.png")
     assert (tmp_path / "grid.png").stat().st_size > 10_000
+
+
+# Rows whose every cell differs, and what tables, sentences and figures make of them
+NAMES = {  # in the order of a table
+    "conv_attention": "conv + softmax",
+    "rebased": "ReBased",
+    "rebased_floor": "ReBased + ½",
+    "based": "Based",
+    "based_no_floor": "Based − ½",
+    "x2": "x²",
+    "x2_floor": "x² + ½",
+    "norm": "norm(x)²",
+    "norm_floor": "norm(x)² + ½",
+}
+RATES = {mixer: 0.001 * (i + 1) for i, mixer in enumerate(NAMES)}
+FLOORS = ("rebased", "based_no_floor", "x2", "norm"), ("rebased_floor", "based", "x2_floor", "norm_floor")
+LENGTHS = (128, 512, 8192)
+
+
+def full_row(mixer, seed, rate, numbers, role="report"):
+    """A row with every field that a run can leave, each number of it another one, drawn from `numbers`."""
+    row = example_row(mixer, seed, rate, numbers.random(), role=role)
+    row["settings"] = {"examples": 64, "batch": 16, "epochs": 4, "warmup": 3, "rate_by_epoch": False}
+    for cell in [f"{T} {placement}" for T in LENGTHS for placement in ("official", "uniform")]:
+        row["cells"][cell] = {name: numbers.random() for name in ("accuracy", "right", "others", "filler", "iou")}
+    row["full_pass"] = {"length": 8192, "chunked_seconds": numbers.random(), "quadratic_seconds": numbers.random()}
+    if mixer.startswith("rebased"):
+        names = ("gamma_q", "gamma_k", "beta_q", "beta_k")
+        row["placed"] = {name: [[numbers.random(), numbers.random()] for _ in range(4)] for name in names}
+    right = list(range(1, 33, 2))
+    numbers.shuffle(right)
+    row["picture"] = {"weights": [[numbers.random() / 40 for _ in range(60)] for _ in range(16)], "right": right}
+    return row
+
+
+@pytest.fixture(scope="module")
+def ladder():
+    """Nine mixers and three seeds at two rates each; the rate that the search liked is that of RATES."""
+    numbers = random.Random(0)
+    rows = []
+    for mixer, rate in RATES.items():
+        for seed in (0, 1, 2):
+            rows += [full_row(mixer, seed, rate, numbers), full_row(mixer, seed, 10 * rate, numbers)]
+        liked, disliked = (full_row(mixer, 100, r, numbers, "search") for r in (rate, 10 * rate))
+        for cell in disliked["cells"]:
+            disliked["cells"][cell]["accuracy"] = liked["cells"][cell]["accuracy"] - 0.01
+        disliked["accuracy"] = 1.0  # at the trained length alone it would be chosen
+        rows += [disliked, liked]
+    numbers.shuffle(rows)
+    return rows
+
+
+def own_rows(rows, mixer):
+    """The rows that are to be reported, seed by seed."""
+    chosen = {(row["role"], row["learning_rate"], row["seed"]): row for row in rows if row["mixer"] == mixer}
+    return [chosen["report", RATES[mixer], seed] for seed in (0, 1, 2)]
+
+
+def numbers_of(rows, mixer, cell, measure):
+    return [row["cells"][cell][measure] for row in own_rows(rows, mixer)]
+
+
+def said(values):
+    """mean ± std, by Python's own statistics."""
+    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
+
+
+def line_of(text, name, width=18):
+    """What stands behind the first line that begins with this name in a column of its own."""
+    return next(line[width:] for line in text.splitlines() if line[:width].rstrip() == name)
+
+
+def test_every_entry_by_length(ladder, capsys):
+    mqar_report.print_recall(ladder)
+    lines = capsys.readouterr().out.splitlines()[4:]
+    expected = []
+    for mixer in sorted(NAMES, key=lambda mixer: mqar_report.order(mixer)):
+        head = f"{NAMES[mixer]} {RATES[mixer]:g} 3"
+        for measure, name in (("accuracy", ""), ("filler", ", on filler")):
+            for placement in ("official", "uniform"):
+                entries = [said(numbers_of(ladder, mixer, f"{T} {placement}", measure)) for T in LENGTHS]
+                expected.append(f"{head} {placement}{name} {' '.join(entries)}".split())
+                head = ""
+    assert [line.split() for line in lines] == expected
+
+
+def test_every_entry_between_floors(ladder, capsys):
+    mqar_report.print_floors(ladder)
+    shown = capsys.readouterr().out
+    for without, with_floor in zip(*FLOORS, strict=True):
+        entries = []
+        for measure in ("accuracy", "filler", "right"):
+            entries += [said(numbers_of(ladder, mixer, "8192 uniform", measure)) for mixer in (without, with_floor)]
+        found = line_of(shown, NAMES[without])
+        assert [entry.strip() for entry in re.split(r"\||   +", found.strip())] == entries
+
+
+def test_every_entry_of_the_attention(ladder, capsys):
+    mqar_report.print_look(ladder)
+    shown = capsys.readouterr().out
+    for mixer, name in NAMES.items():
+        entries = ["128", "16", "64"]
+        for measure in ("accuracy", "right", "others", "filler", "iou"):
+            entries.append(f"{statistics.mean(numbers_of(ladder, mixer, '128 official', measure)):.3f}")
+        right = statistics.mean(numbers_of(ladder, mixer, "128 official", "right"))
+        entries.append(f"{right / (2 - right):.3f}")
+        assert line_of(shown, name).split() == entries
+
+
+def test_every_entry_of_the_search(ladder, capsys):
+    mqar_report.print_search(ladder)
+    shown = capsys.readouterr().out
+    assert "on seeds 100;" in shown
+    rates = sorted({row["learning_rate"] for row in ladder})
+    for mixer, name in NAMES.items():
+        entries = ["128", "16", "64"] + ["–"] * len(rates)
+        for row in ladder:
+            if row["mixer"] == mixer and row["role"] == "search":
+                mean = statistics.mean(cell["accuracy"] for cell in row["cells"].values())
+                mark = "*" if row["learning_rate"] == RATES[mixer] else ""
+                entries[3 + rates.index(row["learning_rate"])] = f"{mean:.3f}{mark}"
+        assert line_of(shown, name).split() == entries
+
+
+def test_every_entry_of_gamma_and_beta(ladder, capsys):
+    mqar_report.print_placed(ladder)
+    shown = capsys.readouterr().out
+    for mixer in ("rebased", "rebased_floor"):
+        entries = "128 64"
+        for name in ("gamma_q", "gamma_k", "beta_q", "beta_k"):
+            ends = [row["placed"][name][3] for row in own_rows(ladder, mixer)]
+            mean, std = (statistics.mean(end[i] for end in ends) for i in (0, 1))
+            entries += f" {mean:.3f} ± {std:.3f}"
+        entries += f" {mqar_report.decay_alone(own_rows(ladder, mixer)[0]):.3f}"
+        assert line_of(shown, NAMES[mixer]).split() == entries.split()
+    assert "Based − ½" not in shown
+
+
+def test_the_sentences_are_those_of_the_numbers(ladder, capsys):
+    mqar_report.read_recall(ladder)
+    shown = capsys.readouterr().out
+    for mixer, name in NAMES.items():
+        mean = statistics.mean(numbers_of(ladder, mixer, "8192 uniform", "accuracy"))
+        assert re.search(rf"[:,] {re.escape(name)} {mean:.3f}[,.]", shown), name
+    assert "At 8,192 tokens, 64 times the trained length" in shown
+    passes = [(row["full_pass"]["chunked_seconds"], row["full_pass"]["quadratic_seconds"])
+              for row in ladder if row["mixer"] == "rebased"]
+    pattern = r"took (\d+) ms through the\nchunked form, (\d+) ms through the quadratic"
+    chunked, quadratic = re.search(pattern, shown).groups()
+    assert (chunked, quadratic) in [(f"{a * 1e3:.0f}", f"{b * 1e3:.0f}") for a, b in passes]
+
+
+@pytest.mark.parametrize("based, rebased_floor, rebased, based_no_floor, repairs", [
+    (0.3, 0.2, 0.8, 0.9, True), (0.8, 0.9, 0.2, 0.3, False), (0.3, 0.85, 0.8, 0.9, False), (0.3, 0.2, 0.25, 0.9, False),
+])
+def test_the_floor_is_blamed_where_both_lie_below_both(based, rebased_floor, rebased, based_no_floor, repairs, capsys):
+    """In another order of the four, and where two overlap, nothing is said to be repaired."""
+    means = {"based": based, "rebased_floor": rebased_floor, "rebased": rebased, "based_no_floor": based_no_floor}
+    mqar_report.read_recall([longer_row(mixer, seed, mean) for mixer, mean in means.items() for seed in (0, 1)])
+    shown = capsys.readouterr().out
+    assert ("taking the ½ from Based repairs it" in shown) == repairs != ("does not follow the floor" in shown)
+
+
+def test_a_floor_that_helps_or_overlaps_is_not_counted(capsys):
+    """Of three kernels one is better with its floor, one has seeds that overlap, one has learned without it only."""
+    rows = []
+    for mixer, with_floor, without in (("based", 0.9, 0.3), ("x2_floor", 0.5, 0.4), ("norm_floor", 0.2, 0.9)):
+        for seed in (0, 1):
+            learned = 0.5 if mixer == "norm_floor" else 1.0
+            rows.append(longer_row(mixer, seed, with_floor - 0.3 * seed, learned))
+            rows.append(longer_row(mqar_report.without_floor(mixer), seed, without + 0.01 * seed))
+    mqar_report.print_floors(rows)
+    shown = capsys.readouterr().out
+    assert "Uniform queries: in 0 of 2 kernels" in shown and "Did not learn it: norm(x)² (also so)." in shown
+
+
+# The grid of widths
+@pytest.fixture(scope="module")
+def grid():
+    """Eight mixers, two of the paper's lengths, three widths, two seeds; one cell is missing."""
+    numbers = random.Random(1)
+    rows = []
+    for mixer in ("based", "x2", "norm", "gamma", "gamma_beta", "rebased", "mamba", "elu"):
+        for T in (256, 2048):
+            for d in (16, 24, 64):
+                for seed in (0, 1):
+                    accuracy = numbers.random()
+                    row = example_row(mixer, seed, 0.01, accuracy, d=d, T=T, K=32)
+                    rows.append(row | {"accuracies": [accuracy, accuracy / 2]})
+    return [row for row in rows if (row["mixer"], row["length"], row["d_model"]) != ("norm", 256, 24)]
+
+
+def accuracies(rows, mixer, T, d):
+    key = (mixer, T, d)
+    return [row["accuracy"] for row in rows if (row["mixer"], row["length"], row["d_model"]) == key]
+
+
+TABLE_1 = {(256, 16): 0.06, (256, 24): 0.45, (2048, 16): 0.02, (2048, 24): 0.40}  # [1, Table 1], Based
+
+
+def test_every_entry_of_the_grid(grid, capsys):
+    mqar_report.print_grid(grid)
+    shown = capsys.readouterr().out
+    for T in (256, 2048):
+        part = shown[shown.index(f"T = {T:,}, K = 32") :]
+        for mixer in ("based", "x2", "norm", "rebased", "mamba", "elu"):
+            line = line_of(part, mqar_report.title(mixer))
+            entries = re.findall(r"(?:–|[\d.]+ ± [\d.]+ \(\d\))(?: \[[\d.]+\])?", line)
+            for d, entry in zip((16, 24, 64), entries, strict=True):
+                mine = accuracies(grid, mixer, T, d)
+                expected = f"{said(mine)} (2)" if mine else "–"
+                assert entry.split(" [")[0] == expected
+                if mixer == "based":
+                    assert entry.partition(" [")[2] == (f"{TABLE_1[T, d]:.2f}]" if d < 64 else "")
+
+
+@pytest.mark.parametrize("others, says", [
+    ({"based": 0.70, "x2": 0.65}, "leads"),
+    ({"based": 0.804, "x2": 0.60}, "level with Based"),
+    ({"based": 0.796, "x2": 0.60}, "level with Based"),
+    ({"based": 0.81, "x2": 0.801}, "behind Based 0.810"),
+    ({"based": 0.90, "x2": 0.95}, "behind Based 0.900, x² 0.950"),
+])
+def test_who_leads(others, says, capsys):
+    """Differences below .005 are none."""
+    rows = [example_row(mixer, 0, 0.01, accuracy) for mixer, accuracy in ({"rebased": 0.80} | others).items()]
+    mqar_report.print_grid(rows)
+    assert capsys.readouterr().out.splitlines()[-1] == f"T = 128, d = 64: ReBased 0.800, {says}."
+
+
+# Figures, by the data that are drawn
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that would be written."""
+    figures = []
+    monkeypatch.setattr(lesson, "save_figure", lambda figure, path, description: figures.append(figure))
+    return figures
+
+
+def panel(axis):
+    """{name at the end of a line: (x of its marks, y, lowest and highest of its thin lines)}.
+
+    The names stand above each other as the last marks do.
+    """
+    found = {}
+    for text in axis.texts:
+        (line,) = [line for line in axis.get_lines() if line.get_color() == text.get_color()]
+        ranges = []
+        for thin in axis.collections:
+            if colors.same_color(thin.get_color(), text.get_color()):
+                ranges += [(segment[0][1], segment[1][1]) for segment in thin.get_segments()]
+        found[text.get_text()] = line.get_xdata(), line.get_ydata(), ranges
+    names = [text.get_text() for text in sorted(axis.texts, key=lambda text: text.xy[1])]
+    assert names == sorted(found, key=lambda name: found[name][1][-1])
+    return found
+
+
+def assert_drawn(axis, expected, places):
+    """expected: {name: [values of the seeds at each place]}."""
+    found = panel(axis)
+    assert found.keys() == expected.keys()
+    for name, seeds in expected.items():
+        x, y, ranges = found[name]
+        assert [min(places, key=lambda place: abs(place - at)) for at in x] == list(places)[: len(x)]
+        assert list(y) == pytest.approx([statistics.mean(values) for values in seeds])
+        assert [end for pair in ranges for end in pair] == pytest.approx(
+            [end for values in seeds for end in (min(values), max(values))]
+        )
+
+
+def test_panels_of_each_kernel(ladder, drawn, tmp_path):
+    """Uniform queries; softmax in every panel, a kernel without its floor and with it."""
+    mqar_report.draw_recall(ladder, tmp_path / "x.png")
+    found = {axis.get_title(): axis for axis in drawn[0].axes}
+    assert len(found) == 8
+    for pair in zip(*FLOORS, strict=True):
+        for measure, name in (("accuracy", "accuracy"), ("filler", "share on filler")):
+            axis = found[f"{NAMES[pair[0]]}: {name}"]
+            expected = {}
+            for mixer in ("conv_attention", *pair):
+                expected[NAMES[mixer]] = [numbers_of(ladder, mixer, f"{T} uniform", measure) for T in LENGTHS]
+            assert_drawn(axis, expected, LENGTHS)
+
+
+def test_four_panels_of_a_few_mixers(ladder, drawn, tmp_path):
+    few = ("conv_attention", "rebased", "based", "x2")
+    mqar_report.draw_recall([row for row in ladder if row["mixer"] in few], tmp_path / "x.png")
+    assert len(drawn[0].axes) == 4
+    for axis in drawn[0].axes:
+        name, placement = axis.get_title().removesuffix(" queries").split(", ")
+        measure = {"accuracy": "accuracy", "share on filler": "filler"}[name]
+        expected = {}
+        for mixer in few:
+            expected[NAMES[mixer]] = [numbers_of(ladder, mixer, f"{T} {placement}", measure) for T in LENGTHS]
+        assert_drawn(axis, expected, LENGTHS)
+
+
+def test_panels_of_the_grid(grid, drawn, tmp_path):
+    """Every width from its own cell, beside the paper's values."""
+    some = [row for row in grid if row["mixer"] in ("based", "rebased", "elu") and row["d_model"] < 64]
+    mqar_report.draw_grid(some, tmp_path / "x.png")
+    found = {axis.get_title(): axis for axis in drawn[0].axes}
+    assert len(found) == 4
+    for T in (256, 2048):
+        ours = {mqar_report.title(mixer): [accuracies(grid, mixer, T, d) for d in (16, 24)]
+                for mixer in ("based", "rebased", "elu")}
+        assert_drawn(found[f"T = {T:,}, 32 pairs"], ours, (16, 24))
+        paper = panel(found[f"T = {T:,}, 32 pairs: the paper's"])
+        assert paper.keys() == {"Based", "ReBased"}
+        assert list(paper["Based"][1]) == [TABLE_1[T, 16], TABLE_1[T, 24]]
+
+
+def test_the_picture_of_the_attention(ladder, drawn, tmp_path):
+    """Weights on the pairs, sorted by the place that is asked for; a frame around three places of each row."""
+    mqar_report.draw_look([row for row in ladder if row["mixer"] in ("based", "x2")], tmp_path / "x.png")
+    axes = [axis for axis in drawn[0].axes if axis.images]
+    assert len(axes) == 2
+    for axis in axes:
+        name, says = axis.get_title().split(", d = 64: ")
+        row = own_rows(ladder, "based" if name == "Based" else "x2")[0]
+        by_place = dict(zip(row["picture"]["right"], row["picture"]["weights"], strict=True))
+        weights = [by_place[place][:32] for place in range(1, 33, 2)]
+        assert axis.images[0].get_array().tolist() == weights
+        assert says == f"{1 - sum(map(sum, weights)) / 16:.2f} beyond the pairs"
+        for i, frame in enumerate(axis.get_lines()):
+            place = 2 * i + 1  # of the value: its key stands before it
+            assert set(frame.get_xdata()) == {place - 1.5, place + 1.5} and set(frame.get_ydata()) == {i - 0.5, i + 0.5}
+
+
+def test_gamma_and_beta_by_epoch(ladder, drawn, tmp_path):
+    mqar_report.draw_placed(ladder, tmp_path / "x.png")
+    assert [axis.get_title() for axis in drawn[0].axes] == ["ReBased, d = 64", "ReBased + ½, d = 64"]
+    labels = {"γ of q": "gamma_q", "γ of k": "gamma_k", "β of q": "beta_q", "β of k": "beta_k"}
+    for axis, mixer in zip(drawn[0].axes, ("rebased", "rebased_floor"), strict=True):
+        placed = own_rows(ladder, mixer)[0]["placed"]
+        bands = {}
+        for band in axis.collections:
+            vertices = band.get_paths()[0].vertices
+            bands[tuple(band.get_facecolor()[0][:3])] = vertices[:, 1].min(), vertices[:, 1].max()
+        for text in axis.texts:
+            (line,) = [line for line in axis.get_lines() if line.get_color() == text.get_color()]
+            means, stds = zip(*placed[labels[text.get_text()]], strict=True)
+            assert list(line.get_ydata()) == list(means)
+            lowest, highest = bands[colors.to_rgb(text.get_color())]
+            assert lowest == pytest.approx(min(m - s for m, s in zip(means, stds, strict=True)))
+            assert highest == pytest.approx(max(m + s for m, s in zip(means, stds, strict=True)))
+        assert len(axis.texts) == 4
