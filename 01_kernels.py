@@ -613,6 +613,40 @@ if __name__ == "__main__":
     show_the_weight_behind_the_measurement()
 
 # %% [markdown]
+# **The law behind it.** Let n irrelevant tokens stand before a query, and let each of them weigh a
+# times as much as all the relevant ones together. Their share is
+#
+# $$\frac{n\,a}{1 + n\,a} \qquad a = \frac{floor}{W}$$
+#
+# The integral above is its mean over n from 0 to T. So a share that is measured at one length tells
+# a, and a tells the share at every other length. And only the *ratio* of floor and W counts.
+# Multiply every query by c: the weights of a square become c² times as large, all of them, and in
+# the share c² cancels. A square without a floor is *scale-free*. A floor is not multiplied, so the
+# same c makes it c² times smaller, relative to W. That is the one way out that training has: larger
+# queries and keys. It takes it as far as its own length needs, and no further.
+
+# %%
+def shares(kernel, q, k):
+    """Each key's share of the attention of q (N, D) on k (T, D): (N, T)."""
+    weights = kernel.scores(q, k)
+    return weights / weights.sum(-1, keepdim=True)
+
+
+def check_only_floor_over_scale_counts():
+    """Queries 3 times as large change nothing without a floor, and divide a floor by 9."""
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 50, 16, dtype=torch.float64)
+    square = ReBasedKernel(16)
+    assert torch.allclose(shares(square, 3 * q, k), shares(square, q, k), rtol=1e-10)
+    floored = ReBasedKernel(16, floor=0.9)
+    lower = ReBasedKernel(16, floor=0.1)
+    assert torch.allclose(shares(floored, 3 * q, k), shares(lower, q, k), rtol=1e-10)
+
+
+if __name__ == "__main__":
+    lesson.check(check_only_floor_over_scale_counts)
+
+# %% [markdown]
 # ## The price of a weight that can be 0
 #
 # Attention divides by the sum of its weights, plus a small ε against 0/0. At the first token that
