@@ -3,8 +3,10 @@
 import dataclasses
 import math
 import os
+import random
 import runpy
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -12,8 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_experiments_report import assert_drawn, line_of, said
 
-from rebased import files, kernels, lesson, train_mqar
+from rebased import files, kernels, lesson, model, train_mqar
 
 ROOT = Path(__file__).resolve().parent.parent
 LESSON = ROOT / "04_train_mqar.py"
@@ -202,6 +205,84 @@ def test_the_floor_is_taken_out_of_the_same_weights(row):
     assert train_mqar.test_at(trained, SMALL, 256, "uniform") == with_floor
 
 
+@pytest.fixture
+def in_float64():
+    """New models have parameters of float64, so that two ways to train one agree in many digits."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def adamw(weights, moments, step, rate, decay=0.1, betas=(0.9, 0.999)):
+    """One update of a list of weights by their gradients, as written in Algorithm 2 of Loshchilov and Hutter,
+    Decoupled Weight Decay Regularization, ICLR 2019. moments: {index: (first, second)}; step counts from 1."""
+    for i, weight in enumerate(weights):
+        first, second = moments.get(i, (0, 0))
+        first = betas[0] * first + (1 - betas[0]) * weight.grad
+        second = betas[1] * second + (1 - betas[1]) * weight.grad**2
+        moments[i] = first, second
+        mean = first / (1 - betas[0] ** step)
+        size = (second / (1 - betas[1] ** step)).sqrt() + 1e-8
+        weight.data = weight.data - rate * decay * weight.data - rate * mean / size
+
+
+def answers(language_model, inputs, labels):
+    """The mean −log p of the labels, and the share of them that is the likeliest token; through all logits."""
+    logits = language_model(inputs)[labels != -100]
+    asked = labels[labels != -100]
+    loss = -logits.log_softmax(-1)[torch.arange(len(asked)), asked].mean()
+    return loss, (logits.argmax(-1) == asked).double().mean().item()
+
+
+@pytest.mark.parametrize("mixer, warmup", [("based", 0), ("conv_attention", 7)])
+def test_training_by_hand(in_float64, mixer, warmup):
+    """Twenty steps by formulas: the same weights, and what is reported on the way."""
+    run = dataclasses.replace(SMALL, mixer=mixer, seed=5, steps=20, warmup=warmup, batch=4)
+    reports = []
+    trained = train_mqar.train(run, lambda *news: reports.append(news))
+    torch.manual_seed(5)
+    by_hand = model.LanguageModel(model.recall_config(mixer, 16, 32))
+    inputs, labels = train_mqar.make_mqar(80, 16, 2, 16, 0.01, seed=5)
+    moments = {}
+    for step in range(20):
+        batch = slice(4 * step, 4 * step + 4)
+        by_hand.zero_grad()
+        loss, accuracy = answers(by_hand, inputs[batch], labels[batch])
+        loss.backward()
+        rate = 0.01 * min(1, (step + 1) / (warmup + 1)) * (1 + math.cos(math.pi * step / 20)) / 2
+        adamw(list(by_hand.parameters()), moments, step + 1, rate)
+    assert reports == [(20, pytest.approx(loss.item(), rel=1e-6), pytest.approx(accuracy))]
+    assert not trained.training
+    for found, expected in zip(trained.parameters(), by_hand.parameters(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length, examples", [(64, 12), (8192, 3)])
+@pytest.mark.parametrize("placement, power_a", [("official", 0.01), ("uniform", 1.0)])
+def test_a_test_by_hand(length, examples, placement, power_a):
+    """The examples have a seed that no run can have; every query counts once; a quarter of them far out."""
+    run = dataclasses.replace(SMALL, seed=0, test_examples=12)
+    torch.manual_seed(0)
+    untrained = model.LanguageModel(model.recall_config("based", 16, 32)).eval()
+    found = train_mqar.test_at(untrained, run, length, placement)
+    inputs, labels = train_mqar.make_mqar(examples, length, 2, 16, power_a, seed=2**31)
+    _, accuracy = answers(untrained, inputs, labels)
+    places = torch.stack([(row != -100).nonzero().flatten() for row in labels])
+    _, weights = untrained.logits_at(inputs, places, return_weights=True)
+    sums = {"right": 0.0, "others": 0.0, "filler": 0.0}
+    for tokens, asked, of_queries in zip(inputs, places.tolist(), weights[:, 0].double(), strict=True):
+        for at, row in zip(asked, of_queries, strict=True):
+            key = tokens[:4:2].tolist().index(tokens[at].item()) * 2
+            sums["right"] += row[key : key + 3].sum().item()
+            sums["others"] += row[:4].sum().item() - row[key : min(key + 3, 4)].sum().item()
+            sums["filler"] += row[4:][tokens[4:] == 0].sum().item()
+            if key == 2 and tokens[4] == 0:  # the token after the last pair is filler, and right
+                sums["filler"] -= row[4].item()
+    expected = {name: total / (2 * examples) for name, total in sums.items()} | {"accuracy": accuracy}
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
 @pytest.mark.parametrize("mixer", ["rebased", "conv_attention"])
 def test_without_a_floor_there_is_nothing_to_take_out(mixer):
     run = dataclasses.replace(SMALL, mixer=mixer, steps=2, test_lengths=(16,), test_examples=4)
@@ -290,6 +371,68 @@ def test_the_figure_holds_every_line(tmp_path, capsys):
     assert (tmp_path / "figure.png").stat().st_size > 10_000 and "figure: " in capsys.readouterr().out
 
 
+# Results whose every number differs
+@pytest.fixture(scope="module")
+def lines():
+    """Three lines of three seeds each, at three lengths."""
+    numbers = random.Random(2)
+
+    def cell():
+        return {measure: numbers.random() for measure in ("accuracy", "right", "others", "filler")}
+
+    cells = [f"{T} {placement}" for T in (128, 512, 8192) for placement in ("official", "uniform")]
+    titles = ("softmax", "Based", "Based, floor 0")
+    return {title: [{name: cell() for name in cells} for _ in range(3)] for title in titles}
+
+
+def numbers_of(results, T, placement, measure):
+    return [cells[f"{T} {placement}"][measure] for cells in results]
+
+
+def test_every_entry_of_the_tables(lines, capsys):
+    more = lines | {"one seed": lines["Based"][:1]}
+    train_mqar.print_tables(more, [128, 512, 8192])
+    shown = capsys.readouterr().out
+    for placement in ("uniform", "official"):
+        for measure, name in (("accuracy", "accuracy"), ("filler", "share on filler")):
+            table = shown[shown.index(f"{name}, {placement} queries") :]
+            for title in lines:
+                entries = [said(numbers_of(lines[title], T, placement, measure)) for T in (128, 512, 8192)]
+                assert line_of(table, f"  {title}", 34).split() == ["3", *" ".join(entries).split()]
+            single = [f"{numbers_of(lines['Based'][:1], T, placement, measure)[0]:.3f}" for T in (128, 512, 8192)]
+            assert line_of(table, "  one seed", 34).split() == ["1", *single]
+
+
+def test_every_number_of_the_reading(lines, capsys):
+    """The longest context, queries anywhere; who has learned is asked at the shortest, official queries."""
+    train_mqar.read_tables(lines, [128, 512, 8192])
+    shown = capsys.readouterr().out
+    for title, results in lines.items():
+        assert f"{title} {statistics.mean(numbers_of(results, 8192, 'uniform', 'accuracy')):.3f}" in shown
+        learned = sum(accuracy >= 0.9 for accuracy in numbers_of(results, 128, "official", "accuracy"))
+        assert f"{title}: only {learned} of 3 seeds" in shown
+    assert "At 8,192 tokens, 64 times the trained length" in shown
+    late = made_up("x", 0.95, [0.1, 0.2], 0.5)  # forgotten far out, but learned
+    train_mqar.read_tables(late, [128, 8192])
+    assert "have learned" not in capsys.readouterr().out
+
+
+def test_the_figure_is_drawn_from_these_numbers(lines, monkeypatch, tmp_path):
+    figures = []
+    monkeypatch.setattr(lesson, "save_figure", lambda figure, path, description: figures.append((figure, description)))
+    train_mqar.draw_figure(lines, [128, 512, 8192], tmp_path / "x.png")
+    ((figure, description),) = figures
+    assert len(figure.axes) == 4
+    for axis in figure.axes:
+        name, placement = axis.get_title().removesuffix(" queries").split(", ")
+        measure = {"accuracy": "accuracy", "share on filler": "filler"}[name]
+        expected = {title: [numbers_of(results, T, placement, measure) for T in (128, 512, 8192)]
+                    for title, results in lines.items()}
+        assert_drawn(axis, expected, (128, 512, 8192))
+    for title, results in lines.items():
+        assert f"{title} {statistics.mean(numbers_of(results, 8192, 'uniform', 'accuracy')):.2f}" in description
+
+
 # The command line
 @pytest.mark.parametrize(
     "arguments, message",
@@ -320,6 +463,15 @@ def test_the_main_job(tmp_path):
     assert [(run.steps, run.warmup) for run in runs[:3]] == [(1200, 100), (1200, 0), (1200, 0)]
     assert {run.seed for run in runs} == set(range(5))
     assert all(run.test_lengths == (128, 512, 2048, 8192) and run.test_examples == 256 for run in runs)
+
+
+def test_what_is_asked_for_is_planned_once():
+    """Names, seeds and lengths that are given twice; lengths in any order; the number of steps."""
+    twice = ["--mixers", "based", "attention", "based", "--seeds", "3", "1", "3", "--lengths", "512", "64", "512"]
+    runs = train_mqar.planned_runs(train_mqar.parse_options([*twice, "--steps", "7"]))
+    assert [(run.mixer, run.seed) for run in runs] == [("based", 3), ("attention", 3), ("based", 1), ("attention", 1)]
+    assert {run.steps for run in runs} == {7} and {run.test_lengths for run in runs} == {(64, 512)}
+    assert [run.warmup for run in runs] == [0, 100, 0, 100]
 
 
 def test_a_new_kernel_can_be_trained_here_by_its_name(monkeypatch, capsys):
