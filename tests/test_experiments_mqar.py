@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_04_train_mqar import adamw, answers
 
 from experiments import mqar, mqar_report, sweep
 from rebased import files, kernels, lesson, linear_attention, model, train_mqar, workers
@@ -187,6 +188,204 @@ def test_no_two_runs_or_epochs_or_tests_have_one_seed():
     used = [mqar.epoch_seed(run, epoch) for run in runs for epoch in epochs]
     assert len(set(used)) == len(seeds) * len(epochs) and 0 <= min(used) and max(used) < mqar.TEST_SEED
     assert mqar.TEST_SEED != mqar.FIXED_SEED < 2**32
+
+
+# The same by hand
+@pytest.fixture
+def in_float64():
+    """New models have parameters of float64, so that two ways to train one agree in many digits."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+BY_HAND = {
+    "fresh examples": ("rebased", {}),
+    "fresh examples, softmax": ("conv_attention", {"softmax_warmup": 7, "warmup": 30}),
+    "the same examples": ("rebased", {"fresh": False, "warmup": 7, "softmax_warmup": 30}),
+    "the rate by epoch": ("conv_attention", {"rate_by_epoch": True, "softmax_warmup": 0}),
+}
+
+
+@pytest.mark.parametrize("mixer, changes", BY_HAND.values(), ids=BY_HAND)
+def test_training_by_hand(in_float64, mixer, changes):
+    """Three epochs of 25 steps by formulas, in the order that the seeds give: the same weights and history."""
+    experiment = small(examples=103, batch=4, epochs=3, softmax_epochs=3, **{"stop_at": 2.0, "warmup": 0} | changes)
+    run = mqar.Run(mixer, 16, 2, 32, 0.01, 5)
+    trained, history = mqar.train(run, experiment)
+    torch.manual_seed(5)
+    by_hand = model.LanguageModel(model.recall_config(mixer, 16, 32))
+    tests = train_mqar.make_mqar(64, 16, 2, 16, 0.01, seed=2**31)
+    warmup = changes.get("softmax_warmup", 100) if mixer == "conv_attention" else changes.get("warmup", 0)
+    moments, losses, accuracies = {}, [], []
+    for epoch in range(3):
+        seed = 5 + 2**20 * epoch
+        inputs, labels = train_mqar.make_mqar(103, 16, 2, 16, 0.01, seed=seed if experiment.fresh else 2**31 + 42)
+        if not experiment.fresh:
+            order = torch.randperm(103, generator=torch.Generator().manual_seed(seed))
+            inputs, labels = inputs[order], labels[order]
+        for i in range(25):
+            step = 25 * epoch + i
+            by_hand.zero_grad()
+            loss, _ = answers(by_hand, inputs[4 * i : 4 * i + 4], labels[4 * i : 4 * i + 4])
+            loss.backward()
+            progress = epoch / 3 if experiment.rate_by_epoch else step / 75
+            rate = 0.01 * min(1, (step + 1) / (warmup + 1)) * (1 + math.cos(math.pi * progress)) / 2
+            adamw(list(by_hand.parameters()), moments, step + 1, rate)
+            losses.append(loss.item())
+        accuracies.append(answers(by_hand, *tests)[1])
+    assert history["accuracies"] == pytest.approx(accuracies)
+    assert history["losses"] == pytest.approx([sum(losses[i + 5 : i + 25]) / 20 for i in (0, 25, 50)], rel=1e-4)
+    for found, expected in zip(trained.parameters(), by_hand.parameters(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_dropout_is_for_training_alone(monkeypatch):
+    """On in every epoch, off where the accuracy is measured."""
+    modes = []
+    step = train_mqar.training_step
+    monkeypatch.setattr(train_mqar, "training_step", lambda trained, *rest: (modes.append(trained.training),
+                                                                             step(trained, *rest))[1])
+    run = mqar.Run("conv_attention", 16, 2, 32, 0.01, 0)
+    experiment = small(dropout=0.5, softmax_epochs=2, examples=320, stop_at=2.0)
+    trained, history = mqar.train(run, experiment)
+    assert modes == [True] * 20 and not trained.training
+    _, accuracy = answers(trained, *train_mqar.make_mqar(64, 16, 2, 16, 0.01, seed=2**31))
+    assert history["accuracies"][-1] == pytest.approx(accuracy)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length, examples", [(48, 12), (8192, 3)])
+@pytest.mark.parametrize("power_a", [0.01, 1.0])
+def test_a_test_by_hand(length, examples, power_a):
+    """Accuracy, shares and IoU of two heads, query by query."""
+    torch.manual_seed(0)
+    experiment = small(heads=2, test_examples=12)
+    run = mqar.Run("based", 16, 2, 32, 0.01, 0)
+    untrained = model.LanguageModel(mqar.model_config(run, experiment)).eval()
+    found = mqar.test(untrained, length, power_a, run, experiment)
+    inputs, labels = train_mqar.make_mqar(examples, length, 2, 16, power_a, seed=2**31)
+    places = torch.stack([(row != -100).nonzero().flatten() for row in labels])
+    _, weights = untrained.logits_at(inputs, places, return_weights=True)
+    sums, hits, union = [0.0, 0.0, 0.0], 0, 0
+    for tokens, asked, of_queries in zip(inputs.tolist(), places.tolist(), weights.mean(1).tolist(), strict=True):
+        for at, row in zip(asked, of_queries, strict=True):
+            key = tokens[:4:2].index(tokens[at]) * 2
+            for t, weight in enumerate(row):
+                kind = 0 if key <= t <= key + 2 else 1 if t < 4 else 2 if tokens[t] == 0 else None
+                if kind is not None:
+                    sums[kind] += weight
+            least = max(row) / 2
+            attended = {"right" if key <= t <= key + 2 else t for t, weight in enumerate(row) if weight >= least}
+            hits += len(attended & {"right"})
+            union += len(attended | {"right"})
+    expected = dict(zip(("right", "others", "filler"), [total / (2 * examples) for total in sums], strict=True))
+    expected |= {"accuracy": answers(untrained, inputs, labels)[1], "iou": hits / union}
+    assert found == pytest.approx(expected, rel=1e-4)
+    picture = mqar.look(untrained, run, small(heads=2, test_examples=12))
+    tokens, labels = train_mqar.make_mqar(12, 16, 2, 16, 0.01, seed=2**31)
+    row = tokens[0].tolist()
+    asked = [t for t in range(16) if labels[0, t] != -100]
+    assert picture["right"] == [row[:4:2].index(row[t]) * 2 + 1 for t in asked]
+    _, weights = untrained.logits_at(tokens[:1], torch.tensor([asked]), return_weights=True)
+    assert picture["weights"] == [pytest.approx(of_query, rel=5e-3) for of_query in weights.mean(1)[0].tolist()]
+
+
+def test_gamma_and_beta_are_read_as_mean_and_spread():
+    """Of all entries of the last layer's kernel: 1, 2 and 6 have mean 3 and spread √(14/3)."""
+    untrained = model.LanguageModel(model.ModelConfig(("based", "rebased"), 20, 3, feature_dim=3))
+    with torch.no_grad():
+        for i, parameter in enumerate(("gamma_q", "gamma_k", "beta_q", "beta_k")):
+            getattr(untrained.blocks[-1].mixer.kernel, parameter).copy_(torch.tensor([1.0, 2.0, 6.0]) + i)
+    history = mqar.placed(untrained, {"beta_k": [[7, 7]]})
+    for i, parameter in enumerate(("gamma_q", "gamma_k", "beta_q", "beta_k")):
+        assert history[parameter][-1] == pytest.approx([3 + i, math.sqrt(14 / 3)])
+    assert history["beta_k"][0] == [7, 7]
+
+
+def test_a_row_says_what_was_measured(monkeypatch, tmp_path):
+    """The best epoch; each cell under its own name; the picture and the timing of the first seed alone."""
+    history = {"losses": [3.0, 2.0, 1.0], "accuracies": [0.2, 0.9, 0.4], "placed": {}}
+    untrained = model.LanguageModel(model.recall_config("based", 16, 32))
+    monkeypatch.setattr(mqar, "train", lambda *_: (untrained, history))
+    monkeypatch.setattr(mqar, "test", lambda trained, length, power_a, *_: [length, power_a])
+    monkeypatch.setattr(mqar, "look", lambda *_: "picture")
+    monkeypatch.setattr(mqar, "full_pass", lambda *_: "timing")
+    experiment = small(test_lengths=(16, 64), seeds=(3, 4))
+    rows = []
+    for seed in (3, 4):
+        rows.append(mqar.perform(mqar.Run("based", 16, 2, 32, 0.01, seed), None, experiment, "search", tmp_path / "x"))
+    first, second = rows
+    assert first["accuracy"] == 0.9 and first["accuracies"] == [0.2, 0.9, 0.4] and first["role"] == "search"
+    assert first["cells"] == {"16 official": [16, 0.01], "16 uniform": [16, 1.0],
+                              "64 official": [64, 0.01], "64 uniform": [64, 1.0]}
+    assert (first["picture"], first["full_pass"]) == ("picture", "timing")
+    assert (second["picture"], second["full_pass"]) == (None, None)
+
+
+def test_seconds_belong_to_their_form(monkeypatch):
+    """The chunked form runs first."""
+    clock = iter([1.0, 3.0, 10.0])
+    monkeypatch.setattr(mqar.time, "perf_counter", lambda: next(clock))
+    run, experiment = mqar.Run("rebased", 16, 2, 32, 0.01, 0), small(test_lengths=(40,))
+    found = mqar.full_pass(model.LanguageModel(mqar.model_config(run, experiment)), run, experiment)
+    assert (found["length"], found["chunked_seconds"], found["quadratic_seconds"]) == (40, 2.0, 7.0)
+
+
+def test_a_checkpoint_belongs_to_one_run_of_one_sweep(tmp_path):
+    """Another run, role or setting has a checkpoint of its own."""
+    runs = [mqar.Run("based", 16, 2, 32, rate, seed) for rate in (0.01, 0.1) for seed in (0, 1)]
+    sweeps = [(small(), "search"), (small(), "report"), (small(epochs=7), "report")]
+    paths = {mqar.checkpoint_of(run, experiment, role, tmp_path) for run in runs for experiment, role in sweeps}
+    assert len(paths) == len(runs) * len(sweeps)
+
+
+def test_a_row_counts_for_its_own_settings_and_role(tmp_path):
+    run = mqar.Run("based", 16, 2, 32, 0.01, 0)
+    row = {"mixer": "based", "length": 16, "pairs": 2, "d_model": 32, "learning_rate": 0.01, "seed": 0, "cells": {}}
+    for i, (role, experiment) in enumerate([("search", small()), ("report", small(epochs=7)), ("report", small())]):
+        files.append_row(tmp_path / "rows.jsonl", row | {"role": role, "settings": mqar.settings(experiment), "i": i})
+    for i, (role, experiment) in enumerate([("search", small()), ("report", small(epochs=7)), ("report", small())]):
+        assert mqar.finished(tmp_path / "rows.jsonl", experiment, role)[run]["i"] == i
+    assert mqar.finished(tmp_path / "rows.jsonl", small(epochs=8), "report") == {}
+
+
+def test_the_rate_that_the_search_liked_is_reported(monkeypatch, tmp_path):
+    """.01 for one mixer and .1 for the other, for every seed, and no other rate."""
+    planned = []
+
+    def made_up(runs, experiment, role, *_):
+        planned.extend((role, run) for run in runs)
+        good = {"based": 0.01, "rebased": 0.1}
+        return [{"mixer": run.mixer, "length": 16, "pairs": 2, "d_model": 32, "role": role, "seed": run.seed,
+                 "learning_rate": run.learning_rate, "cells": {"16 official": {}},
+                 "accuracy": 0.9 if run.learning_rate == good[run.mixer] else 0.2} for run in runs]
+
+    monkeypatch.setattr(mqar, "perform_missing", made_up)
+    experiment = small(mixers=("based", "rebased"), seeds=(0, 1), search_seeds=(7,), learning_rates=(0.01, 0.1))
+    mqar.perform_sweep(experiment, tmp_path / "x", 1, (1, 1), {})
+    searched = [(run.mixer, run.learning_rate, run.seed) for role, run in planned if role == "search"]
+    reported = [(run.mixer, run.learning_rate, run.seed) for role, run in planned if role == "report"]
+    assert searched == [("based", 0.01, 7), ("based", 0.1, 7), ("rebased", 0.01, 7), ("rebased", 0.1, 7)]
+    assert reported == [("based", 0.01, 0), ("rebased", 0.1, 0), ("based", 0.01, 1), ("rebased", 0.1, 1)]
+
+
+def test_dropout_of_the_papers_models():
+    """.1 of the embedding and of softmax's weights; Mamba's embedding has none. None at all where none is set."""
+    experiment = mqar.Experiment(**mqar.PRESETS["paper"])
+    for mixer in mqar.SEVEN:
+        run = mqar.Run(mixer, 128, 16, 64, 0.001, 42)
+        config = mqar.model_config(run, experiment)
+        assert (config.dropout, config.attention_dropout) == (0.0 if mixer == "mamba" else 0.1, 0.1)
+        assert config.heads == (12 if mixer in kernels.KERNELS else 1)
+        config = mqar.model_config(run, mqar.Experiment(**mqar.PRESETS["laptop"]))
+        assert (config.dropout, config.attention_dropout) == (0, 0)
+
+
+def test_softmax_has_its_own_epochs_and_steps():
+    experiment = small(epochs=2, softmax_epochs=5, examples=320)
+    steps = {mixer: mqar.total_steps(mqar.Run(mixer, 16, 2, 32, 0.01, 0), experiment) for mixer in mqar.SEVEN}
+    assert steps == {mixer: 50 if "attention" in mixer else 20 for mixer in mqar.SEVEN}
 
 
 @pytest.mark.parametrize(
