@@ -5,7 +5,7 @@
   python -m experiments.benchmark_gpu predicted            FLOPs, bytes and the floor below which no time can be
   python -m experiments.benchmark_gpu correct              outputs, gradients, states against float64; moved bits
   python -m experiments.benchmark_gpu speed                ns a token and head, beside softmax and fla [2]
-  python -m experiments.benchmark_gpu speed --variants     and with other launches of the same kernels
+  python -m experiments.benchmark_gpu speed --variants     and the three variants of experiments/gpu_variants.py
   python -m experiments.benchmark_gpu step                 a training step of the paper's language models
 
 (A minute without a GPU; ten with one.) Rows go to runs/gpu_*.jsonl as soon as they are there, the figure to runs/.
@@ -16,7 +16,6 @@ github.com/fla-org/flash-linear-attention.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import functools
 import math
@@ -59,6 +58,9 @@ KERNELS = {  # name: kernel, REVERSE
     "dk, dv": (gpu.key_kernel, False),
 }
 POINTER = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB that one program may have, by capability
+SHARED = {capability: 1024 * size for capability, size in SHARED.items()}
+WARPS = {80: 64, 86: 48, 89: 48, 90: 64, 100: 64, 120: 48}  # that a multiprocessor has room for
 
 
 class Compiled(NamedTuple):
@@ -129,15 +131,15 @@ def registers_and_stack(cubin):
 
 
 @functools.cache
-def static_table(dtype=torch.bfloat16, qk_dtype=None):
-    """{(kernel, capability): Compiled} at D = 16, DV = 64, for an A100 (80) and an H100 (90)."""
+def static_table(dtype=torch.bfloat16, qk_dtype=None, capabilities=(80, 90)):
+    """{(kernel, capability): Compiled} at D = 16, DV = 64; as it is, for an A100 (80) and an H100 (90)."""
     return {(name, capability): compile_for(capability, name, dtype, qk_dtype)
-            for capability in (80, 90) for name in KERNELS}
+            for capability in capabilities for name in KERNELS}
 
 
-def check_nothing_spills(dtype=torch.bfloat16, qk_dtype=None):
+def check_nothing_spills(dtype=torch.bfloat16, qk_dtype=None, capabilities=(80, 90)):
     """No kernel uses the stack, and all fit the 99 KiB of shared memory of a consumer card."""
-    for (name, capability), made in static_table(dtype, qk_dtype).items():
+    for (name, capability), made in static_table(dtype, qk_dtype, capabilities).items():
         assert made.stack == 0, f"{name} on sm_{capability}, {dtype}, spills {made.stack} bytes"
         assert made.shared <= 99 * 1024, f"{name} on sm_{capability}, {dtype}, needs {made.shared} bytes"
 
@@ -152,24 +154,33 @@ def check_two_programs_fit():
 
 
 def resident_programs(made, capability):
-    """How many programs share a multiprocessor of 65,536 registers, 64 warps, and 163 or 227 KiB of shared memory."""
+    """How many programs share a multiprocessor: 65,536 registers, its shared memory, its warps."""
     registers = math.ceil(made.registers / 8) * 8 * 32 * made.warps
-    shared = made.shared + 1024  # 1 KiB of it is a program's own
-    return min(65536 // registers, {80: 163, 90: 227}[capability] * 1024 // shared, 64 // made.warps)
+    room = SHARED[capability] + 1024  # each program takes 1 KiB more than it asks for
+    return min(65536 // registers, room // (made.shared + 1024), WARPS[capability] // made.warps)
 
 
 def print_compiled():
-    """The table, and its rows in runs/gpu_compiled.jsonl."""
-    print("\nCompiled, not run: bfloat16, D=16, Dv=64, ReBased; and float32 q, k, as under autocast\n")
-    print(f"{'kernel':16}{'q, k':>9}{'target':>8}{'registers':>11}{'stack':>7}{'shared':>9}{'warps':>7}"
-          f"{'programs a multiprocessor':>28}")
+    """A table for each type of q and k, six cards in its columns; its rows in runs/gpu_compiled.jsonl."""
+    print("\nCompiled, not run: D=16, Dv=64, ReBased. Registers a thread (+ bytes of stack), KiB of shared memory,\n"
+          "programs that share a multiprocessor. A100 sm_80, H100 sm_90, B200 sm_100; consumer cards 86, 89, 120\n")
+    print(f"{'q, k':9}{'kernel':15}" + "".join(f"{f'sm_{capability}':>15}" for capability in SHARED))
     for qk_dtype in (torch.bfloat16, torch.float32):
-        for (name, capability), made in static_table(torch.bfloat16, qk_dtype).items():
-            type_name = str(qk_dtype).removeprefix("torch.")
-            print(f"{name:16}{type_name:>9}{f'sm_{capability}':>8}{made.registers:11}{made.stack:7}{made.shared:9,}"
-                  f"{made.warps:7}{resident_programs(made, capability):28}")
-            write_row("compiled", {"kernel": name, "q, k": type_name, "capability": capability, **made._asdict()})
+        type_name = str(qk_dtype).removeprefix("torch.")
+        for name in KERNELS:
+            cells = [print_and_write(name, capability, qk_dtype, type_name) for capability in SHARED]
+            print(f"{type_name:9}{name:15}" + "".join(f"{cell:>15}" for cell in cells), flush=True)
     print()
+
+
+def print_and_write(name, capability, qk_dtype, type_name):
+    """Compile, write a row, and give the cell of the table: registers, shared memory, programs."""
+    made = compile_for(capability, name, torch.bfloat16, qk_dtype)
+    programs = resident_programs(made, capability)
+    row = {"kernel": name, "q, k": type_name, "capability": capability, **made._asdict(), "programs": programs}
+    write_row("compiled", row)
+    registers = f"{made.registers}+{made.stack}" if made.stack else made.registers
+    return f"{registers} {made.shared / 1024:.0f} {programs}"
 
 
 def write_row(part, row):
@@ -251,10 +262,11 @@ if not gpu.INTERPRETED:
     TYPES |= {"bfloat16": (BF16, BF16), "float32 with bfloat16": (FP32, BF16)}
 
 
-def make_inputs(D, T, Dv=5, H=1, dtypes=(FP32, FP32)):
-    """q, k (1, H, T, D) from U(0.1, 1.1) and v as leaves, and an upstream gradient."""
+def make_inputs(D, T, Dv=5, H=1, dtypes=(FP32, FP32), centred=False):
+    """q, k (1, H, T, D) from U(0.1, 1.1), or centred from N(0, 1), and v as leaves, and an upstream gradient."""
     generator = torch.Generator().manual_seed(0)
-    q, k = torch.rand(2, 1, H, T, D, generator=generator) + 0.1
+    draw_numbers = torch.randn if centred else torch.rand
+    q, k = draw_numbers(2, 1, H, T, D, generator=generator) + (0.0 if centred else 0.1)
     v, upstream = torch.randn(2, 1, H, T, Dv, generator=generator)
     inputs = []
     for x, dtype in ((q, dtypes[0]), (k, dtypes[0]), (v, dtypes[1])):
@@ -468,13 +480,10 @@ def print_speed(lengths, tokens, variants, figure):
             if name == "quadratic" and T > 4096:  # T² weights in float32, several times over
                 continue
             timed_row(rows, name, form, D, dtype, T, tokens)
-    if variants:
-        form, D, dtype = forms["triton_kernels"]
-        for name, changes in VARIANTS.items():
-            with launched_with(changes):
-                timed_row(rows, name, form, D, dtype, min(8192, max(lengths)), tokens)
     read_speed(rows)
     draw(rows, figure)
+    if variants:
+        print_variants(min(8192, max(lengths)), tokens, {})
 
 
 def timed_row(rows, name, form, D, dtype, T, tokens):
@@ -502,28 +511,27 @@ def read_speed(rows):
     print()
 
 
-# Other launches of the same kernels, to be decided by a card and then taken or deleted
-VARIANTS = {
-    "dk, dv: 32 queries, 128 regs": {"key_kernel": {"STEP": 32, "maxnreg": 128}},
-    "dk, dv: 128 registers": {"key_kernel": {"maxnreg": 128}},
-    "states: 3 stages": {"state_kernel": {"num_stages": 3}},
-    "tiles: 2 stages": {name: {"num_stages": 2} for name in ("output_kernel", "query_kernel", "key_kernel")},
-}
+def print_variants(T, tokens, rows):
+    """Each variant of the kernels beside the kernels themselves: its times, and what it does to the errors."""
+    from experiments import gpu_variants
 
-
-@contextlib.contextmanager
-def launched_with(changes):
-    """Inside `with`, compiler_arguments differ for some kernels: {kernel's name: {argument: value}}."""
-    usual = gpu.compiler_arguments
-
-    def changed(kernel, *sizes):
-        return usual(kernel, *sizes) | changes.get(kernel.fn.__name__, {})
-
-    gpu.compiler_arguments = changed
-    try:
-        yield
-    finally:
-        gpu.compiler_arguments = usual
+    forms = {"triton_kernels": gpu.chunked_attention}
+    for name in gpu_variants.VARIANTS:
+        forms[name] = gpu_variants.load(name).chunked_attention
+    print("\nVariants, in turns, so that the clock of the card does not decide\n")
+    for _ in range(2):
+        for name, form in forms.items():
+            timed_row(rows, name, functools.partial(form, coefficients=(0, 0, 1)), 16, BF16, T, tokens)
+    print("\nand their relative distance from float64: o; dq, dk, dv; q, k from U(0.1, 1.1), then from N(0, 1),\n"
+          "where normalisers are tiny now and then\n")
+    type_name = "bfloat16" if DEVICE == "cuda" else "float32"
+    for name, form in forms.items():
+        for centred in (False, True):
+            found = errors(kernels.ReBasedKernel(16), min(T, 2048), type_name, segment=512, form=form,
+                           Dv=64, H=2, centred=centred)
+            print(f"  {name:30}{'N(0, 1)' if centred else 'U(0.1, 1.1)':13}",
+                  "  ".join(f"{error:.1e}" for error in found.values()), flush=True)
+            write_row("variants", {"form": name, "T": T, "type": type_name, "centred": centred, "errors": found})
 
 
 def draw(rows, path):
@@ -532,7 +540,7 @@ def draw(rows, path):
     if figure is None:
         return
     axis = figure.add_subplot()
-    for name in dict.fromkeys(name for name, _ in rows if name not in VARIANTS):
+    for name in dict.fromkeys(name for name, _ in rows):
         points = sorted((T, both[0]) for (form, T), (_, both) in rows.items() if form == name and both)
         if points:
             axis.plot([T for T, _ in points], [ns for _, ns in points], "o-", label=name)
@@ -630,7 +638,7 @@ def main(argv=None):
                         help="sequence lengths of `speed` (256 to 65,536)")
     parser.add_argument("--tokens", type=lesson.positive_integer, default=2**20,
                         help="B·H·T of `speed` (%(default)s)")
-    parser.add_argument("--variants", action="store_true", help="also time other launches of the same kernels")
+    parser.add_argument("--variants", action="store_true", help="also time the variants of the same kernels")
     parser.add_argument("--figure", type=lesson.writable_path, default="runs/gpu_speed.png",
                         help="where to draw the times (%(default)s)")
     options = lesson.parse_arguments(parser, argv)

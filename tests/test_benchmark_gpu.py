@@ -10,7 +10,8 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 from experiments import benchmark_gpu as benchmark
-from rebased import files
+from experiments import gpu_variants
+from rebased import files, kernels, linear_attention
 
 gpu = benchmark.gpu
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,14 +71,40 @@ def test_how_many_programs_share_a_multiprocessor():
     assert benchmark.resident_programs(benchmark.Compiled(32, 0, 0, 4), 90) == 16  # by warps
 
 
-def test_other_launches_reach_the_kernels_and_only_inside():
-    gpu = benchmark.gpu
+def test_every_variant_fits_the_kernels_as_they_are():
     sizes = (16, 64, 160, torch.bfloat16, 512, False)
-    usual = gpu.compiler_arguments(gpu.key_kernel, *sizes)
-    with benchmark.launched_with(benchmark.VARIANTS["dk, dv: 32 queries, 128 regs"]):
-        assert gpu.compiler_arguments(gpu.key_kernel, *sizes) == usual | {"STEP": 32, "maxnreg": 128}
-        assert gpu.compiler_arguments(gpu.output_kernel, *sizes)["STEP"] == 64
-    assert gpu.compiler_arguments(gpu.key_kernel, *sizes) == usual
+    for name in gpu_variants.VARIANTS:
+        changed = gpu_variants.load(name)
+        arguments = changed.compiler_arguments(changed.key_kernel, *sizes)
+        usual = gpu.compiler_arguments(gpu.key_kernel, *sizes)
+        assert (arguments["STEP"], arguments.get("maxnreg")) in ((64, None), (32, 128))
+        assert changed.forward._qualname != gpu.forward._qualname and usual["STEP"] == 64
+
+
+def test_a_variant_that_no_longer_fits_says_so(monkeypatch):
+    monkeypatch.setitem(gpu_variants.VARIANTS, "old", [("a line that is gone\n", "")])
+    with pytest.raises(ValueError, match="old: rebased/triton_kernels.py has no longer the text 'a line that is gone'"):
+        gpu_variants.load("old")
+
+
+@pytest.mark.skipif(not benchmark.CAN_RUN, reason="test_triton_kernels.py runs it in the interpreter")
+@pytest.mark.parametrize("name", [
+    "all three", *(pytest.param(name, marks=pytest.mark.slow) for name in gpu_variants.VARIANTS if name != "all three"),
+])
+def test_variants_compute_the_same(name):
+    """Across segments, with a state and its gradient at both ends; with states in bfloat16 to two digits."""
+    kernel = kernels.TaylorKernel(4)
+    tolerance = 1e-2 if name in ("states in bfloat16", "all three") else 1e-5
+    *inputs, upstream = benchmark.make_inputs(4, 150)
+    S = torch.rand(1, 1, kernel.num_features, 5, device=benchmark.DEVICE).requires_grad_()
+    z = torch.rand(1, 1, kernel.num_features, device=benchmark.DEVICE).requires_grad_()
+    found = []
+    for module in (gpu, gpu_variants.load(name)):
+        results = module.chunked_attention(*inputs, kernel.coefficients, S, z, return_state=True, segment=64)
+        upstreams = [upstream, torch.ones_like(S), torch.ones_like(z)]
+        found.append([*results, *torch.autograd.grad(results, [*inputs, S, z], upstreams)])
+    for expected, result in zip(*found, strict=True):
+        assert linear_attention.relative_error([result], [expected]) < tolerance
 
 
 def test_bad_input_is_refused_in_a_line_before_work(capsys):

@@ -1,12 +1,17 @@
 """The specification of rebased/triton_kernels.py: interpreted, on a GPU if there is one, compiled.
 
+How they are launched on six cards that are not there is in test_triton_kernels_launches.py.
+
 A process in which TRITON_INTERPRET is set cannot compile, and Triton reads it when it is imported. So the tests that
 run kernels skip themselves in an ordinary process without a GPU, and one test runs them all, and those of the
 benchmark, in a process of their own.
 """
 
+import contextlib
 import importlib.util
 import inspect
+import math
+import mmap
 import os
 import subprocess
 import sys
@@ -24,6 +29,7 @@ from rebased import triton_kernels as gpu
 
 ROOT = Path(__file__).resolve().parent.parent
 runs = pytest.mark.skipif(not benchmark.CAN_RUN, reason="no GPU; test_in_the_interpreter runs it")
+on_a_card = pytest.mark.skipif(benchmark.DEVICE != "cuda", reason="needs a GPU")
 interprets = pytest.mark.skipif(not gpu.INTERPRETED, reason="needs the interpreter; test_in_the_interpreter runs it")
 compiles = pytest.mark.skipif(gpu.INTERPRETED, reason="the interpreter's process cannot compile")
 BASED = (1.0, 1.0, 0.5)
@@ -241,7 +247,7 @@ def test_the_check_of_the_benchmark():
     benchmark.check_equals_the_definition()
 
 
-@pytest.mark.skipif(benchmark.DEVICE != "cuda", reason="needs a GPU: the interpreter runs one thing at a time")
+@on_a_card  # the interpreter runs one thing at a time
 @pytest.mark.parametrize("type_name", benchmark.TYPES)
 def test_no_bits_move_in_100_runs(type_name):
     assert benchmark.moved_bits(type_name)[0] == 0
@@ -354,28 +360,133 @@ def test_two_runs_give_the_same_bits():
     assert same_bits(values_and_gradients(form, inputs, upstream), values_and_gradients(form, inputs, upstream))
 
 
-@interprets
-def test_the_last_head_of_tensors_beyond_two_to_the_31_numbers(monkeypatch):
-    """Only the last programs run, on memory that is never touched elsewhere: offsets to a head have 64 bits."""
+# Offsets: only the last program runs, on memory that is never touched elsewhere
+def reserve(*shape, dtype=torch.float16):
+    """Zeros of any size: a page of this memory exists when it is first written."""
+    size = math.prod(shape) * dtype.itemsize
+    noreserve = 0x4000
+    room = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | noreserve)
+    return torch.frombuffer(room, dtype=dtype).view(shape)
+
+
+def run_last_program(monkeypatch, kernel, programs, *arguments, **options):
     from triton.runtime.interpreter import interpreter_builder as builder
 
-    N, T, D, DV = 2**26 + 1, 1, 16, 64  # N·T·DV > 2³¹
-    untouched = [torch.empty(N, T, size, dtype=torch.float16) for size in (D, D, DV, DV)]
-    low = torch.empty(N, T, DV, dtype=torch.bfloat16)
-    q, k, v, o = untouched
-    for x in (q, k, v):
-        x[-1] = torch.arange(x[-1].numel()).to(x.dtype).view(x[-1].shape) / 64 + 0.1
-    inv_den = torch.empty(N, T)
-    table = gpu.make_table(REBASED, D, q.device)
-    set_grid_idx = builder.set_grid_idx
-    monkeypatch.setattr(builder, "set_grid_idx", lambda x, y, z: set_grid_idx(N - 1, y, z))
-    monkeypatch.setattr(gpu.triton, "cdiv", lambda a, b: 1 / N)  # one program
-    monkeypatch.setattr(builder, "set_grid_dim", lambda *grid: None)
-    builder.grid_dim = (N, 1, 1)
-    states = torch.empty(N, 0, 1)
-    arguments = gpu.compiler_arguments(gpu.output_kernel, D, DV, table.shape[1], v.dtype, 512, False)
-    gpu.output_kernel[(1,)](q, k, v, o, low, inv_den, table, states, 1.0, 0.0, 0.0, T, 0, 1, **arguments)
-    assert torch.allclose(o[-1], v[-1])  # after one token o is v
+    set_grid_dim, set_grid_idx = builder.set_grid_dim, builder.set_grid_idx
+    monkeypatch.setattr(builder, "set_grid_dim", lambda x, y, z: set_grid_dim(programs, y, z))
+    monkeypatch.setattr(builder, "set_grid_idx", lambda x, y, z: set_grid_idx(programs - 1, y, z))
+    kernel[(1,)](*arguments, **options)
+
+
+class FifthHead:
+    """Five heads of 2²⁵ + 1 tokens, in two segments of which the last has one token. With D = DV = 32 the fifth head
+    begins 128 numbers after 2³², so an offset of 32 bits would end at number 128 of the first head. There is
+    nothing but zeros but for this last token."""
+
+    T, N, D = 2**25 + 1, 5, 32
+    SEGMENT = 2**25
+
+    def __init__(self):
+        self.table = gpu.make_table(REBASED, self.D, torch.device("cpu"))
+        self.q, self.k, self.v, self.do = (reserve(self.N, self.T, self.D) for _ in range(4))
+        for number, x in enumerate((self.q, self.k, self.v, self.do)):
+            x[-1, -1] = (torch.arange(self.D) + number) / 64 + 0.1
+        self.states = torch.zeros(self.N, 2, self.table.shape[1] * (self.D + 1))
+        self.inv_den = reserve(self.N, self.T, dtype=torch.float32)
+        self.scale = self.D**-0.5
+        self.den = (self.scale * (self.q[-1, -1].float() @ self.k[-1, -1].float())) ** 2
+        self.last = [x[-1, -1].float() for x in (self.q, self.k, self.v, self.do)]
+
+    def run(self, monkeypatch, kernel, *tensors):
+        arguments = gpu.compiler_arguments(
+            kernel, self.D, self.D, self.table.shape[1], torch.float16, self.SEGMENT, False
+        )
+        numbers = (self.scale, 0.0, 0.0, self.T, 2, 1)  # scale, shift, floor, T, slots, first
+        programs = self.N * -(-self.T // arguments["TILE"])
+        run_last_program(monkeypatch, kernel, programs, *tensors, self.table, self.states, *numbers, **arguments)
+
+
+@interprets
+def test_output_offsets_have_64_bits(monkeypatch):
+    head = FifthHead()
+    o = reserve(head.N, head.T, head.D)
+    lost = reserve(head.N, head.T, head.D, dtype=torch.bfloat16)
+    head.run(monkeypatch, gpu.output_kernel, head.q, head.k, head.v, o, lost, head.inv_den)
+    assert torch.allclose(o[-1, -1], head.v[-1, -1])  # no state, one key: o is v
+    assert torch.allclose(head.inv_den[-1, -1], 1 / head.den)
+
+
+@interprets
+def test_query_offsets_have_64_bits(monkeypatch):
+    """An o of 0 is put in, so that δ is what was lost · do and dq does not vanish."""
+    head = FifthHead()
+    o = reserve(head.N, head.T, head.D)
+    lost = reserve(head.N, head.T, head.D, dtype=torch.bfloat16)
+    lost[-1, -1] = 0.5
+    head.inv_den[-1, -1] = 1 / head.den
+    dq = reserve(head.N, head.T, head.D)
+    delta = reserve(head.N, head.T, dtype=torch.float32)
+    tensors = (head.q, head.k, head.v, head.do, o, lost, dq, head.inv_den, delta)
+    head.run(monkeypatch, gpu.query_kernel, *tensors)
+    q, k, v, do = head.last
+    assert torch.allclose(delta[-1, -1], do.sum() / 2)
+    dw = (do @ v - do.sum() / 2) / head.den
+    assert torch.allclose(dq[-1, -1].float(), 2 * head.scale**2 * (q @ k) * dw * k, rtol=1e-3)
+
+
+@interprets
+def test_key_offsets_have_64_bits(monkeypatch):
+    head = FifthHead()
+    head.inv_den[-1, -1] = 1 / head.den
+    delta = reserve(head.N, head.T, dtype=torch.float32)
+    delta[-1, -1] = 0.5
+    dk = reserve(head.N, head.T, head.D)
+    dv = reserve(head.N, head.T, head.D)
+    head.run(monkeypatch, gpu.key_kernel, head.q, head.k, head.v, head.do, dk, dv, head.inv_den, delta)
+    q, k, v, do = head.last
+    assert torch.allclose(dv[-1, -1].float(), do, rtol=1e-3)
+    dw = (do @ v - 0.5) / head.den
+    assert torch.allclose(dk[-1, -1].float(), 2 * head.scale**2 * (q @ k) * dw * q, rtol=1e-3)
+
+
+@interprets
+@pytest.mark.parametrize("reverse", [False, True])
+def test_state_offsets_have_64_bits(monkeypatch, reverse):
+    """The last 32 features of the last segment, which comes last forward and first in the mirror."""
+    head = FifthHead()
+    P_PAD = head.table.shape[1]
+    slots = 2 if reverse else 3
+    states = reserve(head.N, slots, P_PAD * (head.D + 1), dtype=torch.float32)
+    delta = reserve(head.N, head.T, dtype=torch.float32)
+    delta[-1, -1] = 0.5
+    head.inv_den[-1, -1] = 0.25
+    arguments = gpu.compiler_arguments(
+        gpu.state_kernel, head.D, head.D, P_PAD, torch.float16, head.SEGMENT, False
+    )
+    run_last_program(
+        monkeypatch, gpu.state_kernel, head.N * (slots - 1) * P_PAD // 32, head.k, head.v, head.inv_den, delta,
+        head.table, states, head.T, slots, REVERSE=reverse, **arguments,
+    )
+    _, k, v, _ = (x.view(1, 1, -1) for x in head.last)
+    factor = 0.25 if reverse else 1.0
+    column = torch.full((1, 1, 1), -0.5 if reverse else 1.0)
+    expected = factor * gpu.state_reference(k, v, column, head.table)[0, -32:]  # (32, DV + 1)
+    S = states[-1, -1, : P_PAD * head.D].view(P_PAD, head.D)
+    z = states[-1, -1, P_PAD * head.D :]
+    assert torch.allclose(S[-32:], expected[:, :-1], rtol=1e-3)
+    assert torch.allclose(z[-32:], expected[:, -1], rtol=1e-3)
+
+
+@interprets
+def test_scan_offsets_have_64_bits(monkeypatch):
+    """Slots 2³⁰ numbers apart: the fifth begins at 2³². With offsets of 32 bits the third would lie before the first,
+    where there are zeros."""
+    states = reserve(1, 7, 2**30, dtype=torch.float32)[:, 2:]
+    states[0, :, -1] = torch.arange(1.0, 6.0)
+    programs = 2**30 // gpu.COLUMNS
+    options = {"STATE": 2**30, "ROWS": gpu.ROWS, "COLUMNS": gpu.COLUMNS}
+    run_last_program(monkeypatch, gpu.scan_kernel, programs, states, 5, **options)
+    assert states[0, :, -1].tolist() == [1.0, 3.0, 6.0, 10.0, 15.0]
 
 
 # PyTorch's own machinery
@@ -430,6 +541,34 @@ def test_the_table_is_not_made_while_a_graph_is_recorded(monkeypatch):
         gpu.make_table((0.3, 0.0, 1.0), 3, torch.device("cuda"))
 
 
+@on_a_card
+def test_a_graph_that_was_recorded_gives_the_same_bits():
+    *inputs, _ = inputs_of(16, 600, H=2)
+    with torch.no_grad():
+        expected = gpu.chunked_attention(*inputs, BASED)  # the usual call before, which makes the table
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = gpu.chunked_attention(*inputs, BASED)
+    gpu.make_table((0.7, 0.0, 1.0), 16, inputs[0].device)  # another table does not take the place of the first
+    found.zero_()
+    graph.replay()
+    assert torch.equal(found, expected)
+
+
+@on_a_card
+@pytest.mark.parametrize("coefficients", [(0.3, 1.0, 0.5), (0.3, 0.0, 1.0)], ids=str)
+def test_reduce_overhead_needs_no_usual_call_before(coefficients):
+    """torch.compile records graphs of forward and backward; a table that nobody asked for before is made outside."""
+    *inputs, upstream = inputs_of(16, 600, H=2)
+    form = partial(gpu.chunked_attention, coefficients=coefficients)
+    torch._dynamo.reset()
+    compiled = torch.compile(form, mode="reduce-overhead", fullgraph=True)
+    for _ in range(4):  # the first calls warm up, one records, later ones replay
+        torch.compiler.cudagraph_mark_step_begin()
+        found = [x.clone() for x in values_and_gradients(compiled, inputs, upstream)]
+    assert la.relative_error(found, values_and_gradients(form, inputs, upstream)) < 1e-6
+
+
 @runs
 def test_inference_first_and_training_after():
     *inputs, upstream = inputs_of(6, 20)
@@ -447,6 +586,62 @@ def test_a_second_derivative_is_refused():
             gradient.sum().backward()
 
 
+def believe_in_a_gpu(monkeypatch):
+    """In the interpreter `attention` of 02 takes the kernels as it does on a GPU; there nothing is changed."""
+    if gpu.INTERPRETED:
+        source = inspect.getsource(la.attention)
+        assert source.count("q.is_cuda") == 1
+        scope = dict(vars(la))
+        exec(source.replace("q.is_cuda", "True"), scope)
+        monkeypatch.setattr(la, "attention", scope["attention"])
+
+
+@contextlib.contextmanager
+def counted_launches(monkeypatch):
+    """A list that gets longer whenever the forward operation is called."""
+    used = []
+    forward = gpu.forward
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu, "forward", lambda *arguments: used.append(1) or forward(*arguments))
+        yield used
+
+
+@runs
+@pytest.mark.parametrize("name,trained_floor,floor", [("based", 0.5, 0.0), ("rebased", 0.0, 0.5)])
+def test_the_floor_of_a_trained_model_may_be_set(name, trained_floor, floor, monkeypatch):
+    """Trained for a few steps through the kernels, then its floor is moved: before and after, the model with the
+    kernels is that with the quadratic form and all others, also when it goes on from a prompt."""
+    from rebased import model  # 03_model.py
+
+    torch.manual_seed(0)
+    lm = model.LanguageModel(model.recall_config(name, vocab_size=16, d_model=16)).to(benchmark.DEVICE)
+    tokens = torch.randint(16, (2, 20), device=benchmark.DEVICE)
+    optimizer = torch.optim.Adam(lm.parameters(), lr=0.01)
+    believe_in_a_gpu(monkeypatch)
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(lm(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+        loss.backward()
+        optimizer.step()
+    kernel = lm.blocks[-1].mixer.kernel
+    assert kernel.floor == trained_floor
+    seen = []
+    for value in (trained_floor, floor):
+        kernel.floor = value
+        with torch.no_grad(), counted_launches(monkeypatch) as used:
+            found = lm(tokens)
+            _, states = lm.prefill(tokens[:, :19])
+            next_logits, _ = lm.step(tokens[:, 19], states)
+        assert len(used) == 2  # of the whole and of the prompt; one more token is a recurrent step
+        seen.append(found)
+        for form in (la.quadratic_attention, la.linear_attention, la.recurrent_attention, la.attention_on_cpu):
+            with torch.no_grad(), monkeypatch.context() as patch:
+                patch.setattr(la, "attention", lambda q, k, v, kernel, state, form=form: form(q, k, v, kernel))
+                assert la.relative_error([found], [lm(tokens)]) < 1e-5, form.__name__
+        assert la.relative_error([next_logits], [found[:, -1]]) < 1e-5
+    assert la.relative_error(seen[:1], seen[1:]) > 1e-3  # another floor is another model
+
+
 @runs
 def test_a_model_compiles_without_a_break_through_the_kernels(monkeypatch):
     """On a CPU, `attention` is made to believe in a GPU, and `embed` does not look at the tokens, which is a break."""
@@ -455,19 +650,12 @@ def test_a_model_compiles_without_a_break_through_the_kernels(monkeypatch):
     config = model.recall_config("rebased")
     lm = model.LanguageModel(config).to(benchmark.DEVICE)
     tokens = torch.randint(config.vocab_size, (2, 40), device=benchmark.DEVICE)
-    used = []
+    believe_in_a_gpu(monkeypatch)
     if gpu.INTERPRETED:
-        source = inspect.getsource(la.attention)
-        assert source.count("q.is_cuda") == 1
-        scope = dict(vars(la))
-        exec(source.replace("q.is_cuda", "True"), scope)
-        monkeypatch.setattr(la, "attention", scope["attention"])
         monkeypatch.setattr(lm, "embed", lambda tokens: lm.embedding(tokens), raising=True)
-    forward = gpu.forward
-    monkeypatch.setattr(gpu, "forward", lambda *a: used.append(1) or forward(*a))
-    expected = lm(tokens)
+    with counted_launches(monkeypatch) as used:
+        expected = lm(tokens)
     assert used, "the model does not use the kernels"
-    monkeypatch.setattr(gpu, "forward", forward)
     torch._dynamo.reset()
     found = torch.compile(lm, fullgraph=True, backend=BACKEND)(tokens)
     gradients = [torch.autograd.grad(x.square().sum(), list(lm.parameters())) for x in (found, expected)]
@@ -641,130 +829,3 @@ def test_no_tile_of_64_rows_has_more_than_four_warps_where_tensor_cores_multiply
         for kernel in (gpu.output_kernel, gpu.query_kernel, gpu.key_kernel):
             arguments = gpu.compiler_arguments(kernel, 16, 64, 160, dtype, segment, False)
             assert arguments["num_warps"] * 16 == arguments["TILE"]
-
-
-# The launches themselves: the real path of forward and backward, up to a driver that only takes notes
-class RecordingDriver:
-    """Stands in for the driver of one card: compiles for it, and notes launches instead of making them."""
-
-    def __init__(self, capability):
-        self.target = gpu.triton.backends.compiler.GPUTarget("cuda", capability, 32)
-        self.utils = self
-        self.launches = []
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device):
-        return 0
-
-    def get_current_target(self):
-        return self.target
-
-    def get_device_properties(self, device):
-        return {"max_shared_mem": 99 * 1024}  # of a consumer card
-
-    def load_binary(self, name, binary, shared, device):
-        registers, stack = benchmark.registers_and_stack(binary)
-        return "module", (registers, stack), registers, 0, 1024
-
-    def launcher_cls(self, source, metadata):
-        def launch(x, y, z, stream, function, packed, launch_metadata, enter, leave, *values):
-            arguments = dict(zip(source.fn.arg_names, values, strict=True))
-            self.launches.append((source.fn.__name__, (x, y, z), arguments, metadata, *function))
-
-        return launch
-
-
-@pytest.fixture
-def record(monkeypatch):
-    """record(capability, T, D, Dv, dtypes, with_states): the launches of forward and backward on CPU tensors."""
-    from triton.runtime import driver
-
-    kernel_functions = {id(kernel): kernel for kernel, _ in benchmark.KERNELS.values()}.values()
-
-    def forget():
-        driver._active = None
-        for kernel in kernel_functions:
-            kernel.device_caches.clear()  # what was compiled for another card
-
-    def start(capability, T=70, D=16, Dv=64, dtypes=(torch.bfloat16, torch.bfloat16), states=False, c=REBASED):
-        forget()
-        recorder = RecordingDriver(capability)
-        driver.set_active(recorder)
-        monkeypatch.setattr(gpu, "card_problem", lambda device: None)
-        monkeypatch.setattr(gpu, "INTERPRETED", True)  # or a CPU would be refused
-        q, k, v, upstream = benchmark.make_inputs(D, T, Dv=Dv, H=3, dtypes=dtypes)
-        P = gpu.count_features(c, D)
-        S = z = None
-        if states:
-            S, z = torch.rand(1, 3, P, Dv, requires_grad=True), torch.rand(1, 3, P, requires_grad=True)
-        result = gpu.chunked_attention(q, k, v, c, S, z, return_state=states)
-        if states:
-            (result[0].float().sum() + result[1].sum() + result[2].sum()).backward()
-        else:
-            torch.autograd.grad(result, (q, k, v), upstream)
-        return recorder.launches
-
-    yield start
-    forget()
-
-
-@compiles
-@pytest.mark.parametrize("T,states,slots", [
-    (2048, True, 5),
-    *(pytest.param(*case, marks=pytest.mark.slow) for case in [
-        (1, False, 0), (512, False, 0), (513, False, 2), (2048, False, 4), (1, True, 2),
-    ]),
-])
-def test_the_launches_have_the_grids_that_the_sizes_ask_for_and_nothing_spills(record, T, states, slots):
-    tiles = 3 * -(-T // 128)  # three heads
-    blocks = 5  # 160 features, 32 at a time
-    sums = [("state_kernel", 3 * (slots - 1) * blocks), ("scan_kernel", 3 * -(-160 * 65 // 256))] if slots > 1 else []
-    expected = [*sums, ("output_kernel", tiles), ("query_kernel", tiles), *sums, ("key_kernel", tiles)]
-    launches = record(90, T=T, states=states)
-    assert [(name, grid[0]) for name, grid, *_ in launches] == expected
-    for name, grid, arguments, metadata, registers, stack in launches:
-        assert grid[1:] == (1, 1)  # the first axis is the only one that may exceed 65,535
-        assert metadata.num_warps == (4 if name in ("state_kernel", "scan_kernel") else 8)
-        assert arguments["slots"] == slots
-        assert stack == 0, (name, stack)
-        assert name not in ("output_kernel", "query_kernel") or registers <= 128, (name, registers)
-        for pointer in ("q", "k", "v", "x", "y", "states", "table"):
-            assert pointer not in arguments or arguments[pointer].is_contiguous()
-
-
-SIZES = [  # capability, T, D, Dv, types, states, coefficients
-    (capability, 2048, 16, 64, "bfloat16", False, REBASED) for capability in (80, 86, 89, 90, 100, 120)
-] + [
-    (90, 513, D, Dv, type_name, True, BASED)
-    for type_name in ("bfloat16", "float16", "float32") for D, Dv in ((8, 5), (16, 128), (32, 21))
-]
-
-
-@compiles
-@pytest.mark.slow
-@pytest.mark.parametrize("capability,T,D,Dv,type_name,states,coefficients", SIZES)
-def test_every_card_and_size_binds_compiles_and_fits(record, capability, T, D, Dv, type_name, states, coefficients):
-    """Shared memory beyond 99 KiB or an argument that does not bind would raise. At D = 16, Dv = 64 nothing spills."""
-    dtype = getattr(torch, type_name)
-    launches = record(capability, T, D, Dv, (dtype, dtype), states, coefficients)
-    assert [name for name, *_ in launches] == [
-        "state_kernel", "scan_kernel", "output_kernel", "query_kernel", "state_kernel", "scan_kernel", "key_kernel"
-    ]
-    for name, *_, stack in launches:
-        assert stack == 0 or (D, Dv) != (16, 64), (name, stack)
-
-
-@compiles
-@pytest.mark.slow
-@pytest.mark.parametrize("variant", benchmark.VARIANTS)
-def test_other_launches_compile(record, variant):
-    with benchmark.launched_with(benchmark.VARIANTS[variant]):
-        launches = record(90, 2048)
-    changed = [metadata for name, _, _, metadata, *_ in launches if name in benchmark.VARIANTS[variant]]
-    for metadata in changed:
-        for option in ("maxnreg", "num_stages"):
-            wanted = [changes[option] for changes in benchmark.VARIANTS[variant].values() if option in changes]
-            assert not wanted or getattr(metadata, option) == wanted[0]
-    assert changed
