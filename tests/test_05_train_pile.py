@@ -11,6 +11,8 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from statistics import mean, stdev
@@ -19,7 +21,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from test_pile_data import make_data, make_texts, tokens_of, write
+from test_04_train_mqar import adamw
+from test_pile_data import Words, make_data, make_texts, tokens_of, write
 
 from rebased import files, lesson, model, pile_report, pile_run, pile_settings, tokens, train_pile
 from rebased.lesson import Refusal
@@ -81,6 +84,14 @@ def test_the_claims_of_the_lesson():
             getattr(train_pile, name)()
 
 
+def test_another_pass_or_seed_begins_elsewhere_and_cuts_elsewhere():
+    """b and c are drawn for each pass, from the seed."""
+    firsts = [[train_pile.sequence_start(epoch * 30, 31 * 64, 64, seed) for epoch in range(5)] for seed in range(3)]
+    assert len({tuple(row) for row in firsts}) == 3
+    for row in firsts:
+        assert len(set(row)) == 5 and len({first % 64 for first in row}) > 1
+
+
 # Models and updates -------------------------------------------------------------------------------------------------
 def test_parameter_counts_of_the_paper():
     _, paper = pile_settings.read_options(["rebased"], ["--preset", "paper", "--mixers", "rebased"])
@@ -104,6 +115,55 @@ def test_recomputed_blocks_give_the_same_gradients(tmp_path):
         train_pile.add_gradients(ready, train_pile.micro_batches(data.train, settings(), 0))
         gradients.append(torch.cat([p.grad.flatten() for p in plain.parameters()]))
     assert torch.allclose(*gradients, rtol=1e-4, atol=1e-7)
+
+
+def test_the_laptops_layers():
+    """Two times a gated convolution and the mixer above it."""
+    for mixer in ("rebased", "attention"):
+        assert train_pile.laptop_config(mixer, 256).mixers == ("gated_conv", mixer) * 2
+        assert train_pile.laptop_config(mixer, 256).norm == "rms"
+
+
+@pytest.fixture
+def in_float64():
+    """New models have parameters of float64, so that two ways to train one agree in many digits."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("clip", [0.3, 1e9])
+def test_training_by_hand(in_float64, tmp_path, clip):
+    """Five steps by formulas, in micro-batches of 3 and 1: the same weights, log and checkpoint. With clip 0.3 every
+    gradient is cut, with 1e9 none; the norm in the log is that before the cut."""
+    chosen = settings(steps=5, warmup=2, micro_batch=3, seed=4, lr=0.01, weight_decay=0.3, clip=clip, save_every=1000)
+    data = tokens_of(tmp_path, [make_data(tmp_path)])
+    trained, log = train_pile.train("rebased", chosen, data, tmp_path)
+    torch.manual_seed(4)
+    by_hand = model.LanguageModel(train_pile.laptop_config("rebased", 256))
+    matrices = [p for p in by_hand.parameters() if p.dim() == 2]
+    others = [p for p in by_hand.parameters() if p.dim() != 2]
+    moments = {}, {}
+    for step in range(5):
+        batch = torch.cat(train_pile.micro_batches(data.train, chosen, step))
+        logits = by_hand(batch[:, :-1])
+        loss = -logits.log_softmax(-1).gather(-1, batch[:, 1:, None]).mean()
+        by_hand.zero_grad()
+        loss.backward()
+        norm = math.sqrt(sum(p.grad.square().sum().item() for p in by_hand.parameters()))
+        for p in by_hand.parameters():
+            p.grad *= min(1, clip / (norm + 1e-6))
+        rate = 0.01 * (step + 1) / 2 if step < 2 else 0.01 * (1 + math.cos(math.pi * (step - 2) / 3)) / 2
+        adamw(matrices, moments[0], step + 1, rate, decay=0.3, betas=(0.9, 0.95))
+        adamw(others, moments[1], step + 1, rate, decay=0.0, betas=(0.9, 0.95))
+        found = [log[step][name] for name in ("step", "loss", "norm", "lr")]
+        assert found == pytest.approx([step, loss.item(), norm, rate], rel=1e-5)
+    for found, expected in zip(trained.parameters(), by_hand.parameters(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    assert not trained.training
+    kept = pile_run.load_checkpoint(tmp_path / "checkpoint.pt")
+    assert len(kept["log"]) == 5
+    assert all(torch.equal(kept["model"][name], value) for name, value in trained.state_dict().items())
 
 
 def test_decay_is_for_matrices_and_the_rate_warms_up_and_falls():
@@ -229,6 +289,71 @@ def test_rare_depends_on_the_counts_of_training():
     assert train_pile.recall_mask(row, "token").tolist() == [False] * 3 + [True] * 5
 
 
+def test_pairs_are_counted_at_the_beginning_and_told_apart(monkeypatch):
+    """Only in the first COUNTED tokens; also where tokens do not fit a byte: (1, 258) is not (2, 2)."""
+    monkeypatch.setattr(train_pile, "COUNTED", 6)
+    monkeypatch.setattr(train_pile, "RARE", 1)
+    row = np.array([1, 2, 1, 2, 1, 2, 7, 8, 7, 8, 7, 8])
+    common = train_pile.common_bigrams(row)
+    masks = [train_pile.recall_mask(np.array([a, b, a, b]), "rare", common)[3] for a, b in ((1, 2), (7, 8))]
+    assert masks == [False, True]
+    for a, b, c, d in ((1, 258, 2, 2), (1, 2, 3, 2), (1, 2, 1, 3)):
+        assert not train_pile.recall_mask(np.array([a, b, c, d]), "bigram").any()
+
+
+def test_rare_is_measured_by_the_training_text(trained, monkeypatch):
+    """Not by what is to be measured."""
+    monkeypatch.setattr(train_pile, "RARE", 60)
+    monkeypatch.setattr(train_pile, "evaluate", lambda model, data, chosen, common: {"common": common})
+    (row,) = train_pile.measure({"rebased": (trained.model, trained.log)}, settings(), trained.data)
+    text = trained.data.train.tolist()
+    counts = Counter(zip(text, text[1:], strict=False))
+    assert sorted(row["common"].tolist()) == sorted(a * 2**32 + b for (a, b), n in counts.items() if n > 60)
+    assert len(row["common"]) > 5
+
+
+def test_the_perplexity_of_nothing_is_none():
+    assert train_pile.perplexity(np.array([])) is None
+    assert train_pile.perplexity(np.array([math.log(2), math.log(8)])) == pytest.approx(4)
+
+
+def test_bits_per_byte_of_words_are_those_of_their_bytes(tmp_path):
+    """With tokens of several bytes: the losses of the words, over the bytes of the documents; zlib of the same."""
+    path = write(tmp_path / "a.jsonl", [{"text": text, "meta": {"pile_set_name": ["A", "B"][i % 2]}}
+                                        for i, text in enumerate(make_texts(40))])
+    data = tokens.load_data([path], Words(), 0.3, tmp_path / "tokens")
+    torch.manual_seed(0)
+    untrained = model.LanguageModel(train_pile.laptop_config("rebased", Words.size)).eval()
+    found = train_pile.evaluate(untrained, data, settings(eval_tokens=10**6, seq_len=10_000, batch_tokens=10_000), ())
+    logits = untrained(torch.tensor([[0, *data.valid.tolist()]]))[0, :-1].detach()
+    losses = -logits.log_softmax(-1)[torch.arange(len(data.valid)), torch.tensor(data.valid.tolist())]
+    texts = [text for text in make_texts(40) if tokens.is_validation(text, 0.3)]
+    ends = np.flatnonzero(data.valid == 0)
+    whole = {"losses": 0.0, "bytes": 0, "zlib": 0.0}
+    for name in ("A", "B"):
+        mine = [i for i, text in enumerate(texts) if make_texts(40).index(text) % 2 == (name == "B")]
+        loss = sum(losses[0 if i == 0 else ends[i - 1] + 1 : ends[i]].sum().item() for i in mine)
+        text = "\n".join(texts[i] for i in mine)
+        num_bytes = sum(len(texts[i].encode()) for i in mine)
+        assert found["subsets"][name]["bytes"] == num_bytes
+        assert found["subsets"][name]["bits_per_byte"] == pytest.approx(loss / math.log(2) / num_bytes, rel=1e-4)
+        squeezed = 8 * len(zlib.compress(text.encode(), 9))
+        assert found["subsets"][name]["zlib"] == pytest.approx(squeezed / num_bytes)
+        whole["losses"] += loss
+        whole["bytes"] += num_bytes
+        whole["zlib"] += squeezed
+    assert found["bytes"] == whole["bytes"] > 3 * len(data.valid)
+    assert found["bits_per_byte"] == pytest.approx(whole["losses"] / math.log(2) / whole["bytes"], rel=1e-4)
+    assert found["zlib"] == pytest.approx(whole["zlib"] / whole["bytes"])
+    assert found["tokens"] == len(data.valid)
+    assert found["loss"] == pytest.approx(losses.mean().item(), rel=1e-4)  # the ends of documents are tokens, too
+
+
+def test_the_loss_by_position_reaches_the_length_that_is_set(trained):
+    found = train_pile.evaluate(trained.model, trained.data, settings(eval_length=100), ())
+    assert [end for end, _ in found["by_position"]] == [16, 32, 64, 100]
+
+
 def test_evaluation_equals_a_slow_count(trained):
     """Every token alone: its own context, one forward pass, Python sums."""
     chosen, data = settings(eval_tokens=500), trained.data
@@ -258,7 +383,9 @@ def test_evaluation_equals_a_slow_count(trained):
     for name, flagged in ar.items():
         assert report["slices"][name]["share"] == pytest.approx(sum(flagged) / total, abs=1e-12)
         mine = [loss for loss, flag in zip(losses, flagged, strict=True) if flag]
+        others = [loss for loss, flag in zip(losses, flagged, strict=True) if not flag]
         assert report["slices"][name]["recall"] == pytest.approx(math.exp(sum(mine) / len(mine)), rel=1e-4)
+        assert report["slices"][name]["other"] == pytest.approx(math.exp(sum(others) / len(others)), rel=1e-4)
     assert sum(row["bytes"] for row in report["subsets"].values()) == num_bytes
     for key in ("bits_per_byte", "zlib"):  # the whole is the mean of the subsets, weighted by their bytes
         weighted = sum(row["bytes"] * row[key] for row in report["subsets"].values()) / num_bytes
@@ -306,6 +433,11 @@ def test_a_sample_at_temperature_0_is_the_greedy_continuation(trained):
     assert text == bytes(i for i in expected if i).decode("utf-8", "replace")
 
 
+def test_a_sample_ends_with_the_document(trained, monkeypatch):
+    monkeypatch.setattr(model, "generate", lambda *_: (torch.tensor([i]) for i in [*b"ab", 0, *b"cd"]))
+    assert train_pile.sample(trained.model, tokens.Bytes(), "x") == "xab"
+
+
 # Tables -------------------------------------------------------------------------------------------------------------
 def test_a_curve_has_at_most_sixty_points():
     for steps in (1, 6, 60, 61, 1000):
@@ -330,6 +462,92 @@ def test_the_table_says_who_is_not_at_zlib_and_prints_no_nan(trained, capsys):
     for line in shown.splitlines():
         if line.startswith(("Github", "ArXiv", "Wikipedia")):
             assert line.count(">") == 1
+
+
+def made_up_rows():
+    """Two models, every number of theirs another one."""
+    numbers = random.Random(3)
+    rows = []
+    for mixer in ("rebased", "attention"):
+        def cell():
+            bits = {"bits_per_byte": 8 * numbers.random(), "zlib": 8 * numbers.random()}
+            return bits | {"bytes": numbers.randrange(10**6)}
+
+        row = cell() | {"mixer": mixer, "parameters": numbers.randrange(10**6), "tokens": numbers.randrange(10**6)}
+        row |= {"loss": numbers.random(), "perplexity": 9 * numbers.random(), "tokens_per_s": 9999 * numbers.random()}
+        row["settings"] = {"steps": 321, "batch_tokens": 1000, "seq_len": 48}
+        row["slices"] = {name: {part: numbers.random() for part in ("share", "recall", "other")}
+                         for name in train_pile.DEFINITIONS}
+        row["subsets"] = {name: cell() for name in ("Github", "ArXiv")}
+        row["curve"] = [[1000 * i, numbers.random()] for i in range(1, 9)]
+        row["by_position"] = [[end, numbers.random()] for end in (16, 32, 64, 100)]
+        rows.append(row)
+    return rows
+
+
+def test_every_entry_of_the_tables(capsys):
+    rows = made_up_rows()
+    pile_report.print_tables(rows)
+    shown = capsys.readouterr().out
+    lines = {line[:20].strip(): line[20:].split() for line in shown.splitlines()}
+    first = rows[0]
+    assert shown.startswith("321 steps of 1,000 tokens, T = 48; validation: "
+                            f"{first['tokens']:,} tokens, {first['bytes']:,} bytes\n")
+
+    def marked(cell):
+        return f"{cell['bits_per_byte']:.3f}" + (">" if cell["bits_per_byte"] > cell["zlib"] else "")
+
+    for row in rows:
+        assert lines[row["mixer"]] == [f"{row['parameters']:,}", f"{row['loss']:.3f}", f"{row['perplexity']:.2f}",
+                                       marked(row), f"{row['tokens_per_s']:,.0f}"]
+    assert lines["zlib"] == [f"{first['zlib']:.3f}"]
+    others = [line[20:].split() for line in shown.splitlines() if line[:20].strip() == "the others"]
+    for name, of_others in zip(train_pile.DEFINITIONS, others, strict=True):
+        share = first["slices"][name]["share"]
+        assert lines[f"{name}, AR"] == [f"{share:.1%}", *(f"{row['slices'][name]['recall']:.2f}" for row in rows)]
+        assert of_others == [f"{1 - share:.1%}", *(f"{row['slices'][name]['other']:.2f}" for row in rows)]
+    for name in ("Github", "ArXiv"):
+        cell = first["subsets"][name]
+        bits = [marked(row["subsets"][name]) for row in rows]
+        assert lines[name] == [f"{cell['bytes']:,}", f"{cell['zlib']:.3f}", *bits]
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_every_number_of_the_reading(capsys, reverse):
+    """The best model comes first and is the one whose recall is told."""
+    rows = made_up_rows()[:: -1 if reverse else 1]
+    pile_report.print_reading(rows)
+    shown = capsys.readouterr().out
+    best, worst = sorted(rows, key=lambda row: row["bits_per_byte"])
+    ranking = ", ".join(f"{row['mixer']} {row['bits_per_byte']:.3f}" for row in (best, worst))
+    assert f"Bits per byte after 321,000 tokens, one seed: {ranking}; zlib {best['zlib']:.3f}." in shown
+    bigram = best["slices"]["bigram"]
+    assert f"{bigram['share']:.0%} of the tokens" in shown
+    assert f"perplexity {bigram['recall']:.2f} there, {bigram['other']:.2f} on the others ({best['mixer']})." in shown
+
+
+def test_the_figure_is_drawn_from_these_numbers(monkeypatch, tmp_path):
+    figures = []
+    monkeypatch.setattr(lesson, "save_figure", lambda figure, path, description: figures.append((figure, description)))
+    rows = made_up_rows()
+    pile_report.draw(rows, tmp_path / "x.png")
+    ((figure, description),) = figures
+    for axis, key in zip(figure.axes, ("curve", "by_position"), strict=True):
+        for row in rows:
+            (text,) = [text for text in axis.texts if text.get_text() == row["mixer"]]
+            (line,) = [line for line in axis.get_lines() if line.get_color() == text.get_color()]
+            assert [list(pair) for pair in zip(line.get_xdata(), line.get_ydata(), strict=True)] == row[key]
+        names = [text.get_text() for text in sorted(axis.texts, key=lambda text: text.xy[1])]
+        assert names == [row["mixer"] for row in sorted(rows, key=lambda row: row[key][-1][1])]
+    (dotted,) = [line for line in figure.axes[1].get_lines() if line.get_color() == "gray"]
+    assert list(dotted.get_xdata()) == [48, 48]
+    assert all(f"{row['mixer']} {row['loss']:.2f}" in description for row in rows)
+
+
+def test_a_row_keeps_the_median_speed_and_the_means_of_the_curve():
+    log = [{"loss": float(i * i), "tokens_per_s": speed} for i, speed in enumerate([5.0, 1.0, 9.0, 7.0, 2.0, 4.0, 8.0])]
+    found = pile_report.summary(log, batch_tokens=10, points=3)
+    assert found == {"tokens_per_s": 5.0, "curve": [[30, (0 + 1 + 4) / 3], [60, (9 + 16 + 25) / 3]]}
 
 
 # The command line ---------------------------------------------------------------------------------------------------

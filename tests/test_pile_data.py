@@ -45,6 +45,23 @@ def make_data(folder, number=60):
                                          for i, text in enumerate(make_texts(number))])
 
 
+class Words:
+    """A vocabulary for tests: 0 ends a document, 1 stands for a word that is not known, others for the words above."""
+
+    name = "words"
+    size = 64
+    separator = 0
+    words = "the pile holds naïve text and 東京 code 🙂 if x: return def print 12".split()
+    words += [f"#{i}" for i in range(47)]
+
+    def encode(self, text):
+        ids = [2 + self.words.index(word) if word in self.words else 1 for word in text.split(" ")]
+        return np.array(ids), len(text.encode("utf-8")), 0
+
+    def decode(self, ids):
+        return " ".join("?" if i == 1 else self.words[i - 2] for i in ids)
+
+
 def tokens_of(folder, files, valid_share=0.2):
     return tokens.load_data(files, tokens.Bytes(), valid_share, folder / "tokens")
 
