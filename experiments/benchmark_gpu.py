@@ -8,7 +8,7 @@
   python -m experiments.benchmark_gpu speed --variants     and the three variants of experiments/gpu_variants.py
   python -m experiments.benchmark_gpu step                 a training step of the paper's language models
 
-(A minute without a GPU; ten with one.) Rows go to runs/gpu_*.jsonl as soon as they are there, the figure to runs/.
+(Two minutes without a GPU; ten with one.) Rows go to runs/gpu_*.jsonl as soon as they are there, the figure to runs/.
 TRITON_INTERPRET=1 runs `correct`, `speed` and `step` on a CPU, at small sizes: slow, but the same code (--tokens 256).
 
 Letters as in rebased/triton_kernels.py. [1] Dao, FlashAttention-2, arXiv 2307.08691. [2] flash-linear-attention 0.6.0,
@@ -42,6 +42,7 @@ except ImportError as error:
     raise
 
 ROOT = Path(__file__).resolve().parents[1]
+ROWS = ROOT / "runs"  # --rows chooses another folder
 triton = gpu.triton
 DEVICE = "cpu" if gpu.INTERPRETED or not torch.cuda.is_available() else "cuda"
 CAN_RUN = gpu.INTERPRETED or DEVICE == "cuda"
@@ -184,13 +185,13 @@ def print_and_write(name, capability, qk_dtype, type_name):
 
 
 def write_row(part, row):
-    """Append a row to runs/gpu_{part}.jsonl, with where it comes from."""
+    """Append a row to gpu_{part}.jsonl in the folder of --rows, with where it comes from."""
     if DEVICE == "cuda":
         where = torch.cuda.get_device_name()
     else:
         where = "the interpreter" if gpu.INTERPRETED else "none"
     row = {**row, "gpu": where, "triton": triton.__version__, **lesson.provenance(__file__, sys.argv[1:])}
-    files.append_row(ROOT / "runs" / f"gpu_{part}.jsonl", row)
+    files.append_row(ROWS / f"gpu_{part}.jsonl", row)
 
 
 # The floor
@@ -602,7 +603,7 @@ PARTS = ("compiled", "predicted", "correct", "speed", "step")
 def in_the_interpreter():
     """The checks, in a process in which Triton interprets: one that does cannot compile."""
     print("No GPU here: the kernels run in Triton's interpreter, in a process of its own.", flush=True)
-    command = [sys.executable, __file__, "correct"]
+    command = [sys.executable, __file__, "correct", "--rows", str(ROWS)]
     return subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}).returncode
 
 
@@ -632,6 +633,7 @@ def run(parts, options):
 
 
 def main(argv=None):
+    global ROWS
     parser = argparse.ArgumentParser(description="The GPU kernels: compiled, predicted, checked, timed.")
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"what to do: {', '.join(PARTS)} (all)")
     parser.add_argument("--lengths", nargs="+", type=lesson.positive_integer, default=LENGTHS, metavar="T",
@@ -639,6 +641,7 @@ def main(argv=None):
     parser.add_argument("--tokens", type=lesson.positive_integer, default=2**20,
                         help="B·H·T of `speed` (%(default)s)")
     parser.add_argument("--variants", action="store_true", help="also time the variants of the same kernels")
+    parser.add_argument("--rows", type=Path, default=ROWS, metavar="FOLDER", help="where rows go (runs)")
     parser.add_argument("--figure", type=lesson.writable_path, default="runs/gpu_speed.png",
                         help="where to draw the times (%(default)s)")
     options = lesson.parse_arguments(parser, argv)
@@ -646,7 +649,8 @@ def main(argv=None):
     if unknown:
         parser.error(f"unknown part {unknown[0]!r}; choose from {', '.join(PARTS)}")
     parts = options.parts or PARTS
-    lesson.obey(lambda: run(parts, options), "rows that were printed are in runs/")
+    ROWS = options.rows
+    lesson.obey(lambda: run(parts, options), f"rows that were printed are in {ROWS}")
 
 
 if __name__ == "__main__":

@@ -2,12 +2,15 @@
 
 Whoever has read Triton's tutorials on matrix multiplication and fused attention can read this file
 from top to bottom. Beside each kernel stands the same computation in a few lines of PyTorch, and
-the tests hold the two equal.
+the tests hold the two equal. 01 and 02 are 01_kernels.py, where the features come from, and
+02_linear_attention.py, whose chunked form takes four steps with each chunk: its own keys, the state
+of the past, one division, and the chunk joins the state. Sections 3 and 4 here are these steps.
 
 Equations, with s = q·k/√D and sim = c0 + c1·s + c2·s² = u² + floor, where u = scale·(q·k) + shift,
              scale = √(c2/D),  shift = c1/(2√c2),  floor = c0 − c1²/(4·c2),  and with ε = 1e-12
   forward    w_ij = u_ij² + floor,  den_i = Σ_{j≤i} w_ij + ε,  o_i = Σ_{j≤i} w_ij v_j / den_i
-  backward   δ_i = do_i·o_i,  dw_ij = (do_i·v_j − δ_i)/den_i,  du_ij = 2 u_ij dw_ij
+  backward   with dx for ∂loss/∂x, so do for the gradient of o, which is given:
+             δ_i = do_i·o_i,  dw_ij = (do_i·v_j − δ_i)/den_i,  du_ij = 2 u_ij dw_ij
              dq_i = scale Σ_{j≤i} du_ij k_j,  dk_j = scale Σ_{i≥j} du_ij q_i
              dv_j = Σ_{i≥j} w_ij do_i/den_i
 In segments, these sums go over tokens of the same segment only. All others come in through states:
@@ -19,11 +22,11 @@ In segments, these sums go over tokens of the same segment only. All others come
              section 2 turns dφ(q) and dφ(k) into what they add to dq and dk
 
 Letters
-  do is the gradient of o, ∂loss/∂o, and so dq, dφ, ... for other letters.
   N = B·H heads, T tokens, M tokens of a segment, D columns of q and k, DV of v. P features, P_PAD
   with padding, of which F = BLOCK_F are made at a time. STATE = P_PAD·(DV + 1): the numbers of a
   state, S and z.
-  i counts queries, j keys, t tokens that may be either; f features, d columns of q and k, e of v.
+  q_i, k_j, v_j, o_i are rows; i counts queries, j keys, t tokens that may be either; f counts
+  features, d columns of q and k, e columns of v. In section 2, a and b are the d's of a feature.
   A step of a loop begins at `past` if the loop walks over earlier keys, at `later` if it walks over
   later queries.
   Tensors in memory are (N, T, size). On chip, shapes stand in brackets: [TILE, DV].
@@ -44,7 +47,7 @@ import torch
 from torch.fx.experimental.symbolic_shapes import guard_scalar
 
 from rebased import EPS
-from rebased.chunked_cpu import complete_square, count_features
+from rebased.chunked_cpu import complete_square, count_features  # -> scale, shift, floor; -> P
 
 MISSING = (
     "rebased.triton_kernels needs Triton (Linux: pip install triton==3.7.1); "
@@ -88,22 +91,19 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 #
 # Why 512: states are then 325 of the 937 bytes that a token moves in the forward pass
 # (experiments/benchmark_gpu.py counts them). 1,024 would halve these and nearly double the work in
-# tiles. A tile of 128 rows is two of Hopper's warpgroups, and the state is read once a tile. Its
-# program has 8 warps, 256 threads of at most 255 registers: weights [TILE, STEP] = [128, 64] take
-# 32 registers of each, features [128, 32] take 16. A program of the scan (128 threads) carries two
-# numbers a thread along: a state is then spread over 41 programs, so that few heads should do to
-# fill a card.
+# tiles. On Hopper four warps, a *warpgroup*, multiply 64 rows together. A tile of 128 rows is two
+# of them, and it reads the state once. Its program has 8 warps, 256 threads of at most 255
+# registers. Weights [TILE, STEP] = [128, 64] take 32 registers of each thread, and features
+# [TILE, BLOCK_F] = [128, 32] take 16; with 64 features at a time the compiled code was no better.
 SEGMENT = 512  # tokens between two states
 TILE = 128  # queries (or keys) that a program owns
 STEP = 64  # keys (or queries) that it meets at a time
 BLOCK_F = tl.constexpr(32)  # features at a time
-COLUMNS = 256  # numbers of a state that one program of the scan carries along
-ROWS = 16  # slots that the scan reads at a time: sixteen loads are then under way at once
 EPS_ON_CHIP = tl.constexpr(EPS)  # a kernel may read a global only if it is a tl.constexpr
 
 
 # What the compiler must know, the tl.constexpr arguments of the kernels (`compiler_arguments` in
-# section 7 sets them):
+# section 7 sets all but REVERSE):
 #   D, DV                 columns of q and k, and of v
 #   P_PAD                 features, padded to a multiple of BLOCK_F
 #   BLOCK_D, BLOCK_DV     D and DV as tl.dot wants them, powers of two from 16 on; loads fill with 0
@@ -113,6 +113,11 @@ EPS_ON_CHIP = tl.constexpr(EPS)  # a kernel may read a global only if it is a tl
 #   PRECISION             how tl.dot multiplies float32 factors: "ieee" exactly, "tf32" with 10 bits
 #                         on the tensor cores
 #   ONES                  whether some feature needs a factor 1, see section 2
+#   REVERSE               whether sums run from the end, for the backward pass, see section 3
+#
+# In the kernels, a name that ends in _tile holds rows that were loaded, or are to be stored. The
+# shape behind a line is that on chip, where D is BLOCK_D and DV is BLOCK_DV. tl.dot(a, b, c) is
+# a @ b + c.
 
 
 # 2. φ as a table
@@ -150,8 +155,8 @@ def make_table(coefficients, D, device):
             columns.append((a, -1, math.sqrt(c1 / math.sqrt(D))))
     for a in range(D):
         for b in range(a, D):
-            twice = 1 if a == b else 2  # x_a x_b and x_b x_a are one feature
-            columns.append((a, b, math.sqrt(c2 / D * twice)))
+            times = 1 if a == b else 2  # (q·k)² has x_a x_b and x_b x_a, one feature for both
+            columns.append((a, b, math.sqrt(c2 / D * times)))
     while len(columns) % BLOCK_F.value:
         columns.append((0, 0, 0.0))
     with torch.inference_mode(False):  # made for good, also if the first call is inference
@@ -201,7 +206,10 @@ def factors(
     P_PAD: tl.constexpr, BLOCK_D: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     ONES: tl.constexpr,
 ):
-    """x [rows, D] -> x[a_f], x[b_f] [rows, F], root [1, F]; and for the way back A and B [D, F]."""
+    """x [rows, D] -> x[a_f], x[b_f] [rows, F], root [1, F]; and for the way back A and B [D, F].
+
+    f [F]: which features.
+    """
     a = tl.load(table + f)[None, :]  # [1, F]
     b = tl.load(table + P_PAD + f)[None, :]
     root = tl.load(table + 2 * P_PAD + f)[None, :]
@@ -228,11 +236,11 @@ def features_backward_reference(x, dphi, table):
     return dxa @ A.mT + dxb @ B.mT
 
 
-# 3. The states: step 4 of 02 comes first
+# 3. The states: the last step of 02, "the chunk joins the state", comes first
 #
 # In 02 the chunks follow each other, each adding to S. Here every segment sums its own φ(k) vᵀ, all
-# at the same time, and a scan then makes prefixes of the sums. They lie in *slots*; slot 0 holds
-# the initial state (or 0):
+# at the same time, and a scan then makes prefixes of the sums. They lie in *slots*, one state each;
+# slot 0 holds the initial state (or 0):
 #
 #     segment           0           1           2           3
 #                 +-----------+-----------+-----------+-----------+
@@ -247,9 +255,9 @@ def features_backward_reference(x, dphi, table):
 #
 # The shift of 02 is in the numbering: segment s writes slot s + 1. So after an *inclusive* scan
 # slot s is what came before segment s, and nothing is ever subtracted. The last slot is made only
-# if the final state is asked for. With one segment and no initial state there are no slots at all,
-# and what is left is the quadratic form; the same kernels serve it, their `if segment >= first` is
-# then false.
+# if the final state is asked for. One segment without a state at either end has no slots at all, and
+# what is left is the quadratic form; the same kernels serve it, their `if segment >= first` is then
+# false.
 #
 # The backward pass needs the same sums the other way around, over the queries *after* a segment.
 # REVERSE is the mirror image: x, y are q, do instead of k, v; segments are counted from the end:
@@ -341,12 +349,18 @@ def state_reference(x, y, column, table):
 
 
 # The scan. A program carries COLUMNS numbers of a head's state through all its slots, ROWS slots at
-# a time: tl.cumsum inside those, a running total from one set to the next.
+# a time: tl.cumsum inside those, a running total from one set to the next. Its 128 threads carry
+# two numbers each. A state is then spread over 41 programs, so that few heads should do to fill a
+# card; and sixteen loads of a thread are under way at once.
 #
 # No atomics here or elsewhere: an atomic addition takes its terms in the order in which programs
 # happen to end, and a float32 sum depends on the order. Without them two runs give the same bits.
 # Hence two kernels backward, one that owns queries and one that owns keys, not one that adds into
 # dq.
+COLUMNS = 256
+ROWS = 16
+
+
 @triton.jit
 def scan_kernel(states, slots, STATE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Prefix sums over the slots (N, slots, STATE), in place."""
@@ -369,7 +383,7 @@ def scan_reference(states):
     return states.cumsum(1)
 
 
-# 4. The output: steps 1 to 3 of 02
+# 4. The output: the other three steps of 02
 #
 # den sums the *rounded* weights, those that multiply v. Inside a segment the weights w/den then add
 # up to 1 exactly (as float32 goes), and o_0 is v_0; with a state, which is rounded for num but not
@@ -586,7 +600,7 @@ def key_kernel(
     start = tl.program_id(0) % tiles * TILE
     n = (tl.program_id(0) // tiles).to(tl.int64)
     segment = start // SEGMENT
-    after = tl.cdiv(T, SEGMENT) - 1 - segment  # in the mirror, a segment's slot is their number
+    after = tl.cdiv(T, SEGMENT) - 1 - segment  # segments after this one; in the mirror, its slot
     q += n * T * D
     k += n * T * D
     v += n * T * DV
@@ -903,6 +917,7 @@ def why_not(q, k, v, coefficients):
         return f"D may be at most 32, or registers do not suffice; it is {D}"
     if DV > 128:
         return f"Dv may be at most 128, or registers do not suffice; it is {DV}"
+    # 2¹⁶ to spare, since a tile also computes the offsets of rows beyond T, which it then masks.
     if q.shape[-2] * max(D, DV) >= 2**31 - 2**16:
         return "offsets inside a head have 32 bits; T·Dv exceeds them"
     if INTERPRETED:

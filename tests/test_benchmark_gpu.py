@@ -123,16 +123,18 @@ def test_without_triton_one_line():
 
 @pytest.mark.skipif(not benchmark.CAN_RUN, reason="test_triton_kernels.py runs it in the interpreter")
 def test_the_clock_runs(tmp_path, monkeypatch, capsys):
-    """On a few tokens, in the interpreter too: a row of every form and of every training step, the figure."""
-    monkeypatch.setattr(benchmark, "ROOT", tmp_path)
+    """On a few tokens, in the interpreter too: a row of every form, variant and training step, the figure."""
+    monkeypatch.setattr(benchmark, "ROWS", tmp_path)  # main sets it: put it back
     figure = tmp_path / "speed.png"
-    benchmark.main(["speed", "step", "--lengths", "64", "--tokens", "64", "--figure", str(figure)])
+    sizes = ["--lengths", "64", "--tokens", "64", "--variants"]
+    benchmark.main(["speed", "step", *sizes, "--rows", str(tmp_path), "--figure", str(figure)])
     assert "checks: 0 passed, 0 failed" in capsys.readouterr().out
-    rows = files.read_rows(tmp_path / "runs" / "gpu_speed.jsonl", ("forward", "forward+backward", "commit"))
+    rows = files.read_rows(tmp_path / "gpu_speed.jsonl", ("forward", "forward+backward", "commit"))
     forms = {row["form"] for row in rows}
     assert {"triton_kernels", "the same, q and k float32", "quadratic", "softmax, SDPA"} <= forms
+    assert gpu_variants.VARIANTS.keys() <= forms
     assert all(row["forward"][0] > 0 and row["forward+backward"][0] > 0 for row in rows)
-    steps = files.read_rows(tmp_path / "runs" / "gpu_step.jsonl", ("ms", "parameters"))
+    steps = files.read_rows(tmp_path / "gpu_step.jsonl", ("ms", "parameters"))
     assert [row["mixer"] for row in steps] == ["rebased", "based", "attention"]
     assert figure.stat().st_size > 1000
 
@@ -184,6 +186,10 @@ def test_the_first_hour_is_rehearsed_without_a_gpu(tmp_path):
     command = ["bash", "experiments/gpu_first_hour.sh"]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
     steps = (tmp_path / "steps.txt").read_text(encoding="utf-8").splitlines()
-    assert [step.split(":")[0] for step in steps] == ["machine", "correct", "speed", "step", "cell"], done.stdout
+    names = ["machine", "correct", "speed", "step", "ncu", "tests", "sanitizer", "cell"]
+    assert [step.split(":")[0] for step in steps] == names, done.stdout
     assert all("ended with 0" in step for step in steps), done.stdout
+    assert all((tmp_path / f"{name}.txt").stat().st_size > 10 for name in names)
+    for part in ("correct", "speed", "variants", "step"):
+        assert files.read_rows(tmp_path / f"gpu_{part}.jsonl"), part
     assert len(files.read_rows(tmp_path / "mqar_cell.jsonl")) >= 3
