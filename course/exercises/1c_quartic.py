@@ -16,7 +16,8 @@ Write
 
 First way: s⁴ = (s²)², so `symmetric_products` twice. That is right, but at D = 4 it makes 55
 features where 35 are enough: (x₁x₂)·(x₃x₄) and (x₁x₃)·(x₂x₄) are the same number.
-Second way, asked for here: one feature for each *multiset* of four places, a ≤ b ≤ c ≤ d
+The second way is asked for here.
+Hint: one feature for each *multiset* of four places, a ≤ b ≤ c ≤ d
 (itertools.combinations_with_replacement), times the root of how often it stands in the fourfold
 sum: 4! / (n₁! n₂! ...), where n₁, n₂, ... say how often each place occurs in it.
 

@@ -15,6 +15,9 @@ Write
   capacity(kernel, value_dim)                  the largest K = 2, 4, 8, ... with recall >= .5
   table(value_dim)                             {(name, D): capacity} for three kernels, three D
 
+Hint: the inner products of all outputs with all values are one matrix product, and `argmax` along
+its rows is the answer.
+
 Then it is open. By which factor does the capacity of s² grow when D doubles, and that of elu + 1?
 Compare it with P. Which of Based and ReBased is ahead at K = 256, D = 16, and why? Where does the
 quartic kernel of 1c stand? Does training change it: `Run("rebased", ..., pairs=..., d_model=...)`?

@@ -23,6 +23,6 @@ def far_recall_mask(context, distance):
     """Tokens (n,) -> bool (n,): which of them end a pair that was last seen far away.
 
     Token t is marked if the pair (t − 1, t) occurred before, and its latest earlier occurrence
-    ended at t − distance or before. With distance = 1 this is `recall_mask(context, "bigram")` of 05.
+    ended at t − distance or before. With distance = 1 this is `recall_mask(context, "bigram")`.
     """
     # Your code.

@@ -12,8 +12,8 @@ Write
   predict(context)    the probability of each of the 256 bytes, after the bytes so far
 
 The check asks for three things: probabilities (each above 0, sum 1); on the source of a module of
-Python 15 % fewer bits per byte than counting bytes gives; and on 400 random bytes that are repeated,
-under 2 bits per byte the second time.
+Python 15 % fewer bits per byte than counting bytes gives; and on 400 random bytes that are
+repeated, under 2 bits per byte the second time.
 
 Hint: mix three opinions with fixed weights: the byte that followed the longest match, what has been
 counted so far, and 1/256 for all. `context.rfind(context[-k:], 0, len(context) - 1)` finds a match
