@@ -393,7 +393,7 @@ def test(model, data, experiment, common):
 
 
 # One run -> one row
-def perform(run, experiment, rows_path, report):
+def perform(run, report, experiment, rows_path):
     """Train and test one model, in a worker -> its row. The weights stay: to test again needs no second training."""
     start = time.perf_counter()
     data = load_text()

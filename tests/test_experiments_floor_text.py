@@ -223,7 +223,7 @@ def test_pairs_are_compared_by_seed():
 def run_here(work, runs, steps_of, processes, keep):
     """What workers.run_all does, without processes."""
     for run in runs:
-        keep(run, work(run, report=lambda *_: None))
+        keep(run, work(run, lambda *_: None))
 
 
 def test_a_run_that_has_a_row_is_not_repeated(tmp_path, monkeypatch, capsys):
