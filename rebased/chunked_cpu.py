@@ -111,6 +111,8 @@ def join_state(S, z):
 # D = 16 are one multiplication of two views, without a list of indices. (Features made so take a fifth to an eighth of
 # the time of rows of 136 that are gathered by index, as 01 has them.)
 #
+# As in 01, squares and the constant are larger by D units in the last place, so that no weight comes out below 0.
+#
 # All is written into room that is reserved once, as fresh memory for each group costs 5 %.
 @functools.lru_cache
 def rotation_order(D):
@@ -155,8 +157,10 @@ class PolynomialFeatures:
         back = [one.roll(turn, 0) for turn in range(self.turns)]
         self.back = torch.cat(back, dim=1).expand(rows, -1, -1)  # (rows, D, turns·D)
         self.room = x.new_empty(rows, self.before + self.turns * D, C)
+        once = 1 + D * torch.finfo(x.dtype).eps
+        self.square = math.sqrt(once / 2)  # of x_a·x_a: it occurs once, where the scale counts each pair twice
         if c0:
-            self.room[:, 0] = math.sqrt(c0)
+            self.room[:, 0] = math.sqrt(c0 * once)
 
     def gradient_room(self):
         """Zeros (rows, P or more, C) for a gradient of φ(x)ᵀ, to be written in [:, :P]; what stands behind stays 0."""
@@ -181,7 +185,7 @@ class PolynomialFeatures:
             torch.mul(x_once, self.linear / self.scale, out=linear)
         products = self.products(self.room)
         torch.mul(x_once.unsqueeze(1), self.rotations(), out=products)  # each pair times √2 ...
-        products[:, 0].mul_(math.sqrt(0.5))  # ... but x_a·x_a occurs once, not twice
+        products[:, 0].mul_(self.square)  # ... but x_a·x_a occurs once, not twice
         return self.room[:, : self.P]
 
     def pull_back(self, gradient):
@@ -191,7 +195,7 @@ class PolynomialFeatures:
             linear = gradient[:, self.before - D : self.before] * self.linear
         # d(x_a x_b) = x_b dx_a + x_a dx_b: the factor at rest, and the rotated one, rotated back.
         g = self.products(gradient)
-        g[:, 0].mul_(math.sqrt(0.5))
+        g[:, 0].mul_(self.square)
         dx = torch.mul(g, self.rotations(), out=self.products(self.room)).sum(1)  # (rows, D, C)
         g.mul_(self.x_twice[:, None, :D])
         dx.baddbmm_(self.back, g.flatten(1, 2))

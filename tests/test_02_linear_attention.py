@@ -264,6 +264,44 @@ def test_the_costs_that_are_predicted():
     assert bound == {"quadratic": "memory", "linear": "memory", "recurrent": "calls"}
 
 
+def at_the_lowest_point(T, angle, lowest, seed=0):
+    """q, k (1, 1, T, 16) with s = q·k/√D near `lowest` up to some `angle`, and v with |v| <= 4: float64."""
+    generator = torch.Generator().manual_seed(seed)
+    q, k = torch.randn(2, 1, 1, T, 16, generator=generator, dtype=torch.float64)
+    q[..., 8:] *= angle
+    k[..., :8] *= angle
+    q[..., 0] = 4
+    k[..., 0] += lowest
+    turn = torch.linalg.qr(torch.randn(16, 16, generator=generator, dtype=torch.float64)).Q
+    v = torch.randn(1, 1, T, 32, generator=generator, dtype=torch.float64).clamp(-4, 4)
+    return q @ turn, k @ turn, v
+
+
+OFF = {1e-2: 0.03, 1e-3: 0.6, 1e-4: 1.0, 1e-5: 1.0}  # angle: the largest relative error that 01 leaves
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["x2", "based_no_floor"])
+def test_rows_whose_weights_are_all_nearly_0(name, form):
+    """float32: a mean of values, gradients no larger than the true ones; how far off, as 01 says.
+
+    Sums that are carried token by token collect roundings of their own: fewer tokens there.
+    """
+    kernel = kernels.KERNELS[name](16)
+    lowest, _ = kernels.lowest_point(kernel.scores)
+    T = 200 if form is la.recurrent_attention else 600
+    for angle, bound in OFF.items():
+        exact = [x.requires_grad_() for x in at_the_lowest_point(T, angle, lowest)]
+        expected = la.quadratic_attention(*exact, kernel)
+        largest = max(g.abs().max() for g in torch.autograd.grad(expected.sum(), exact))
+        inputs = [x.detach().float().requires_grad_() for x in exact]
+        o = form(*inputs, kernel)
+        found = max(g.abs().max() for g in torch.autograd.grad(o.sum(), inputs))
+        assert o.abs().max() <= 1.1 * exact[2].abs().max(), f"{angle}: {o.abs().max():.1e}"
+        assert found <= 1.5 * largest, f"{angle}: a gradient of {found:.1e}, the true ones up to {largest:.1e}"
+        assert la.relative_error([o.double()], [expected]) < bound
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["rebased", "based"])
 def test_a_million_tokens_in_pieces(name):
