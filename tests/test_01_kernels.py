@@ -73,15 +73,16 @@ def test_no_cancellation_near_the_lowest_point():
     torch.testing.assert_close(weight, torch.tensor([2.0**-27]), rtol=1e-3, atol=0)
 
 
+@pytest.mark.parametrize("size", [3.0, 3e-3])
 @pytest.mark.parametrize("name", [*STEPS, "elementwise"])
-def test_prepare_by_hand(name):
-    """γ·norm(x) + β over all heads jointly, with only the steps of the kernel."""
+def test_prepare_by_hand(name, size):
+    """γ·norm(x) + β over all heads jointly, with only the steps of the kernel; at a small size ε shows."""
     torch.manual_seed(0)
     kernel = kernels.KERNELS[name](4, heads=3)
     for parameter in kernel.parameters():
         torch.nn.init.normal_(parameter)
     steps = STEPS.get(name, STEPS["rebased"])
-    x = torch.randn(2, 5, 12) * 3 + 1
+    x = torch.randn(2, 5, 12) * size + size
     q, k = kernel.prepare(x, x)
     for prepared, side in ((q, "q"), (k, "k")):
         y = x
@@ -126,6 +127,7 @@ def test_parameters_of_rebased():
         lambda: kernels.ReBasedKernel(16).features(torch.randn(3, 15)),
         lambda: kernels.ReBasedKernel(16).scores(torch.randn(3, 16), torch.randn(3, 8)),
         lambda: kernels.ReBasedKernel(16, heads=2).prepare(torch.randn(1, 3, 16), torch.randn(1, 3, 32)),
+        lambda: kernels.TaylorKernel(16, heads=2).prepare(torch.randn(1, 3, 32), torch.randn(1, 3, 16)),
         lambda: kernels.exp_scores(torch.randn(3, 4), torch.randn(3, 5)),
         lambda: kernels.exp_scores(torch.randn(3, 0), torch.randn(3, 0)),
     ],
@@ -178,3 +180,22 @@ def test_the_share_with_queries_anywhere_is_a_mean_over_places():
     irrelevant = places * 8192 / 2
     for W in (13.0, 308.0, 5000.0):
         assert abs(kernels.share_anywhere(8192, W) - (irrelevant / (irrelevant + W)).mean().item()) < 1e-6
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_kernel_starts_as_its_norm_alone(name):
+    """γ is 1 and β is 0 at first, for queries and for keys."""
+    kernel = kernels.KERNELS[name](4, heads=3)
+    q, k = torch.randn(2, 2, 5, 12)
+    normalises = getattr(kernel, "norm", False) or name.startswith("based_norm")
+    for prepared, x in zip(kernel.prepare(q, k), (q, k), strict=True):
+        expected = torch.nn.functional.layer_norm(x, (12,)) if normalises else x
+        torch.testing.assert_close(prepared, expected)
+
+
+def test_scattered_keys_take_the_share_of_their_weights():
+    """Based − ½ at s = −1 + 0.1·noise weighs (0.1·noise)²/2, and 25/2 at s = 4."""
+    noise = torch.randn(500, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    others = ((0.1 * noise) ** 2 / 2).sum().item()
+    found = kernels.irrelevant_share(kernels.TaylorKernel(16, floor=0.0).scores, 500, scatter=0.1)
+    assert found == pytest.approx(others / (others + 12.5), rel=1e-6)

@@ -328,3 +328,59 @@ def test_twenty_thousand_steps():
         o = la.recurrent_attention(*(x.float() for x in exact), kernel)
     expected = la.attention(*exact, kernel)
     assert la.relative_error([o[:, :, -1000:].double()], [expected[:, :, -1000:]]) < 1e-5
+
+
+@pytest.mark.parametrize("form", ALL)
+def test_where_nothing_weighs_anything_the_output_is_0(form):
+    """0/(0 + ε), no NaN; and where it does again, the mean of that."""
+    kernel = kernels.KERNELS["x2"](4)
+    q, k = torch.zeros(2, 1, 2, 9, 4, dtype=torch.float64)
+    v = torch.randn(1, 2, 9, 3, dtype=torch.float64)
+    assert torch.equal(form(q, k, v, kernel), torch.zeros_like(v))
+    q[:, :, 8], k[:, :, 6:] = 1.0, 1.0
+    found = form(q, k, v, kernel)
+    assert torch.equal(found[:, :, :8], torch.zeros_like(v[:, :, :8]))
+    torch.testing.assert_close(found[:, :, 8], v[:, :, 6:].mean(2))
+
+
+@pytest.mark.parametrize("form", ALL)
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_one_input_in_float64_makes_the_sums_so(form, place):
+    """o comes in the type of v; a float32 o is right to its last digits."""
+    kernel = kernels.ReBasedKernel(16)
+    inputs = positive_example(60)
+    inputs[place] = inputs[place].double() + 1e-9
+    expected = la.quadratic_attention(*(x.double() for x in inputs), kernel)
+    found = form(*inputs, kernel)
+    assert found.dtype == inputs[2].dtype
+    assert la.relative_error([found.double()], [expected]) < (1e-9 if place == 2 else 1e-7)
+
+
+def test_predicted_seconds_by_hand():
+    """Arithmetic and memory of four heads, calls once; the largest part is named."""
+    flops, moved, calls = la.predicted_cost("recurrent", 1000)
+    parts = {"arithmetic": 4 * flops / 1e9, "memory": 4 * moved / 1e12, "calls": calls * 1e-9}
+    seconds, bound = la.predicted_seconds("recurrent", 1000, (1e9, 1e12, 1e-9))
+    assert bound == "arithmetic" and seconds == pytest.approx(sum(parts.values()))
+    seconds, bound = la.predicted_seconds("recurrent", 1000, (1e15, 1e15, 1e-3))
+    assert bound == "calls" and seconds == pytest.approx(calls * 1e-3, rel=1e-3)
+
+
+def test_what_would_take_long_is_left_out():
+    """Over two seconds by the length before it (16 times, or 4), or over 2 GB."""
+    assert la.fits("quadratic", 512, 0.12) and not la.fits("quadratic", 512, 0.13)
+    assert la.fits("recurrent", 512, 0.49) and not la.fits("recurrent", 512, 0.51)
+    assert la.fits("chunked", 2**20, None) and not la.fits("quadratic", 8192, None)
+
+
+def test_the_reading_of_the_times(capsys):
+    """Quadratic takes 30 times as long as chunked at 512; from 128 to 512 chunked takes 2 times as long."""
+    measured = {("softmax", 512): 0.8, ("quadratic", 128): 0.1, ("quadratic", 512): 6.0, ("linear", 512): 1.0,
+                ("recurrent", 512): 0.4, ("chunked", 128): 0.1, ("chunked", 512): 0.2}
+    predicted = {("quadratic", 512): 3.0, ("chunked", 512): 0.4, ("linear", 512): 1.0, ("linear", 2048): 9.0}
+    la.read_times(measured, predicted)
+    shown = capsys.readouterr().out
+    for form, ratio in (("softmax", "4.0"), ("quadratic", "30.0"), ("linear", "5.0"), ("recurrent", "2.0")):
+        assert f"At T = 512 {form} takes {ratio} times as long" in shown
+    assert "Four times the tokens take the chunked form 2.0 times as long" in shown
+    assert "Measured over predicted: from 0.50 to 2.0." in shown

@@ -397,11 +397,28 @@ def test_initialisation():
     laptop = m.LanguageModel(m.recall_config("rebased"))
     first = laptop.blocks[0].mixer
     assert abs(laptop.blocks[1].mixer.v.weight.std() - 1 / 8) < 0.01
+    assert abs(laptop.blocks[1].mixer.q.weight.std() - 1 / 8) < 0.02  # 64 inputs, 16 outputs
     assert abs(laptop.embedding.weight.std() - 0.1) < 0.01
     assert abs(first.conv.weight.std() - 3**-0.5) < 0.06
     assert first.conv.bias.abs().max() == 0
     assert abs(first.gate.weight.std() - 0.02) < 0.002
     assert (first.gate.bias == 1).all()
+
+
+def test_the_papers_recall_models_have_its_dropout():
+    """.1 of the embedding, but none in Mamba's, and .1 of softmax's weights."""
+    for mixer in ("attention", "conv_attention", "rebased"):
+        config = m.mqar_config(mixer, 64, 128)
+        assert (config.dropout, config.attention_dropout) == (0.1, 0.1)
+        assert config.heads == (12 if mixer == "rebased" else 1) and config.bias
+
+
+@torch.no_grad()
+def test_weights_that_are_all_0_make_no_nan():
+    """0/(0 + ε): nothing is read."""
+    attention = small("x2").blocks[-1].mixer
+    weights = attention.weights(torch.zeros(2, 25, 12, dtype=torch.float64), POSITIONS)
+    assert torch.equal(weights, torch.zeros(2, 3, 3, 25, dtype=torch.float64))
 
 
 def test_dropout_acts_in_training_only():
@@ -538,6 +555,17 @@ def test_what_a_token_costs(capsys):
     assert [row[0] for row in rows] == ["conv_attention", "based", "rebased"]
     assert int(rows[0][1]) < int(rows[0][5])
     assert all(row[1] == row[5] for row in rows[1:])
+
+
+def test_a_state_is_measured_in_bytes_and_its_quotient_is_that_of_softmax(capsys, monkeypatch):
+    """Tensors of four and of eight bytes a number, in states of states; softmax divided by ReBased."""
+    state = (torch.zeros(3, 4), [torch.zeros(5, dtype=torch.float64), (torch.zeros(2, dtype=torch.bfloat16),)])
+    assert m.state_bytes(state) == 3 * 4 * 4 + 5 * 8 + 2 * 2
+    sizes = {("conv_attention", 16): 6144, ("based", 16): 1024, ("rebased", 16): 2048}
+    seconds = {("conv_attention", 16): 0.001, ("based", 16): 0.002, ("rebased", 16): 0.004}
+    monkeypatch.setattr(m, "costs_of_a_token", lambda mixers, contexts: (sizes, seconds))
+    m.show_what_a_token_costs(contexts=(16,))
+    assert capsys.readouterr().out.splitlines()[-2].split() == ["quotient", "3.0", "0.2"]
 
 
 @pytest.mark.slow

@@ -534,6 +534,22 @@ def test_what_is_there_is_not_repeated(tmp_path, monkeypatch, capsys):
         train_mqar.all_rows(runs, path, 1)
 
 
+def test_rows_come_in_the_order_of_the_runs(tmp_path):
+    """Whatever the order of the file."""
+    path = tmp_path / "rows.jsonl"
+    runs = train_mqar.planned_runs(train_mqar.parse_options([]))
+    for run in reversed(runs):
+        files.append_row(path, dataclasses.asdict(run) | {"cells": {}})
+    found = [(row["mixer"], row["seed"]) for row in train_mqar.all_rows(runs, path, 1)]
+    assert found == [(run.mixer, run.seed) for run in runs]
+
+
+def test_a_floor_that_was_set_to_0_has_a_line_of_its_own():
+    rows = [{"mixer": "based", "cells": i, "cells_without_floor": -i} for i in (1, 2)]
+    rows.append({"mixer": "conv_attention", "cells": 3})
+    assert train_mqar.lines_of(rows) == {"Based": [1, 2], "Based, floor 0": [-1, -2], "softmax": [3]}
+
+
 @pytest.mark.slow
 def test_ctrl_c_keeps_what_is_finished(tmp_path):
     """One line, status 130, no worker left behind; the same command goes on with what is missing."""

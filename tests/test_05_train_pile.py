@@ -117,6 +117,18 @@ def test_recomputed_blocks_give_the_same_gradients(tmp_path):
     assert torch.allclose(*gradients, rtol=1e-4, atol=1e-7)
 
 
+def test_recomputing_runs_every_block_twice():
+    """Once forward and once more in the backward pass."""
+    for again, times in ((False, 1), (True, 2)):
+        plain = train_pile.make_model("rebased", settings(), 256)
+        calls = []
+        for block in plain.blocks:
+            block.norm1.register_forward_hook(lambda *_: calls.append(1))  # noqa: B023
+        ready = train_pile.make_ready(plain, settings(recompute=again))
+        train_pile.add_gradients(ready, [torch.randint(256, (2, 33))])
+        assert len(calls) == times * len(plain.blocks)
+
+
 def test_the_laptops_layers():
     """Two times a gated convolution and the mixer above it."""
     for mixer in ("rebased", "attention"):

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -326,7 +327,7 @@ def test_a_row_says_what_was_measured(monkeypatch, tmp_path):
 def test_seconds_belong_to_their_form(monkeypatch):
     """The chunked form runs first."""
     clock = iter([1.0, 3.0, 10.0])
-    monkeypatch.setattr(mqar.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(mqar, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     run, experiment = mqar.Run("rebased", 16, 2, 32, 0.01, 0), small(test_lengths=(40,))
     found = mqar.full_pass(model.LanguageModel(mqar.model_config(run, experiment)), run, experiment)
     assert (found["length"], found["chunked_seconds"], found["quadratic_seconds"]) == (40, 2.0, 7.0)

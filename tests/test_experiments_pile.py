@@ -1,6 +1,7 @@
 """experiments/pile_*.py: text and states out of a checkpoint, tokenising, tables and utilisation from rows."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -181,9 +182,21 @@ def test_the_tables_come_from_rows_alone(trained, tmp_path, capsys):
         pile_report.main([str(tmp_path / "rows.jsonl")])
 
 
+def test_utilisation_is_that_of_one_device(capsys):
+    """Two devices, 1,000 tokens a second: half of 1,000 times the operations of a token each."""
+    config = train_pile.laptop_config("rebased", 256)
+    row = {"mixer": "rebased", "config": asdict(config), "settings": {"seq_len": 512}}
+    row |= {"processes": 2, "tokens_per_s": 1e3}
+    pile_report.print_utilisation([row], peak=0.01)
+    teraflops = 1e3 * pile_report.flops_per_token(config, 512) / 1e12
+    assert f"{teraflops:.1f} TFLOP/s" in (shown := capsys.readouterr().out)
+    assert f"{teraflops / 2 / 0.01:.1%} of the peak" in shown
+
+
 def test_flops_are_six_a_weight_and_the_mixing():
     def flops(mixer, T):
         return pile_report.flops_per_token(train_pile.laptop_config(mixer, 256), T)
 
-    assert flops("rebased", 512) == flops("rebased", 4096) > 6 * 725_376  # linear attention: the same at any length
+    # Two layers of 136 features, into the state and out of it, forward and twice as much backward; at any length.
+    assert flops("rebased", 512) == flops("rebased", 4096) == 6 * 725_376 + 2 * 3 * (2 * 2 * 136 * 128)
     assert flops("attention", 4096) - flops("attention", 512) == 3 * 2 * 2 * 128 * (4096 - 512)

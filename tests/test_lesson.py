@@ -4,6 +4,7 @@ import argparse
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -77,6 +78,29 @@ def test_without_matplotlib_one_line(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert lesson.new_figure(4, 3) is None
     assert capsys.readouterr().out == "no figure: matplotlib is not installed (pip install matplotlib)\n"
+
+
+def test_names_at_the_ends_of_lines_keep_apart(tmp_path):
+    """Where they end, or as near as .1 of the axis allows: pushed up from below, and down from above."""
+    axis = lesson.new_figure(4, 3).subplots()
+    axis.set(xlim=(0, 1), ylim=(0, 2))
+    ends = [("top", 1.98, "C0"), ("low", 0.4, "C1"), ("near", 0.42, "C2"), ("high", 1.96, "C3")]
+    lesson.label_ends(axis, ends, gap=0.1)
+    heights = {text.get_text(): text.xy[1] for text in axis.texts}
+    assert heights == pytest.approx({"low": 0.2, "near": 0.3, "high": 0.9, "top": 1.0})
+    assert {text.get_text(): text.get_color() for text in axis.texts}["near"] == "C2"
+
+
+def test_the_median_is_that_of_the_turns_that_count(monkeypatch):
+    """The first takes long and is left out: of 3, 1, 2 seconds the median is 2."""
+    clock = [0.0]
+    durations = iter([9.0, 3.0, 1.0, 2.0])
+
+    def call():
+        clock[0] += next(durations)
+
+    monkeypatch.setattr(lesson, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    assert lesson.median_seconds({"a": call}, repeats=3) == {"a": 2.0}
 
 
 def test_turns_are_taken():

@@ -384,3 +384,8 @@ def test_published_counts(name, seq_len, counts):
 def test_an_mlp_that_rwkv_has_not_is_refused():
     with pytest.raises(ValueError, match="has no MLP"):
         model.LanguageModel(model.ModelConfig(("rwkv",), 20, 12, mlp=8))
+
+
+def test_the_papers_mamba_has_no_dropout_of_the_embedding(monkeypatch):
+    monkeypatch.setitem(model.BLOCKS, "mamba", mamba.MambaBlock)
+    assert model.mqar_config("mamba", 64, 128).dropout == 0

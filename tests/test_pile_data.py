@@ -9,6 +9,7 @@ import random
 import subprocess
 import sys
 import tracemalloc
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -49,10 +50,10 @@ class Words:
     """A vocabulary for tests: 0 ends a document, 1 stands for a word that is not known, others for the words above."""
 
     name = "words"
-    size = 64
+    size = 80
     separator = 0
     words = "the pile holds naïve text and 東京 code 🙂 if x: return def print 12".split()
-    words += [f"#{i}" for i in range(47)]
+    words += [f"#{i}" for i in range(60)]
 
     def encode(self, text):
         ids = [2 + self.words.index(word) if word in self.words else 1 for word in text.split(" ")]
@@ -462,6 +463,98 @@ def test_subsets_say_whose_each_token_is(tmp_path):
         i = data.manifest["names"].index(name)
         mine = [text[j] for j in range(len(docs)) if docs[j, 3] == i]
         assert stream[1:][is_text].tobytes() == b"".join(mine)
+
+
+class ManyWords(Words):
+    """The same with two bytes a token."""
+
+    size = 300
+
+
+def test_tokens_of_two_bytes_lie_where_their_documents_say(tmp_path):
+    data = tokens.load_data([make_data(tmp_path)], ManyWords(), 0.4, tmp_path / "tokens")
+    assert data.valid.dtype == np.uint16
+    texts = [text for text in make_texts() if tokens.is_validation(text, 0.4)]
+    assert len(texts) == len(data.valid_docs)
+    for text, (start, length, num_bytes, _) in zip(texts, data.valid_docs.tolist(), strict=True):
+        assert data.valid[start : start + length].tolist() == ManyWords().encode(text)[0].tolist()
+        assert data.valid[start + length] == 0 and num_bytes == len(text.encode())
+
+
+def test_the_smallest_type_that_fits():
+    for size, bits in ((2, 8), (256, 8), (257, 16), (65_536, 16), (65_537, 32), (200_000, 32)):
+        assert tokens.token_type(size) == np.dtype(f"uint{bits}")
+
+
+def test_every_entry_of_the_table_of_subsets(tmp_path, capsys):
+    """Documents and bytes of both parts, bytes a token, zlib's bits a byte; by hand."""
+    data = tokens.load_data([make_data(tmp_path)], Words(), 0.4, tmp_path / "tokens")
+    tokens.print_subsets(data)
+    shown = capsys.readouterr().out
+    for i, name in enumerate(("Github", "ArXiv", "Wikipedia (en)")):
+        valid = [text for text in make_texts()[i::3] if tokens.is_validation(text, 0.4)]
+        train = [text for text in make_texts()[i::3] if not tokens.is_validation(text, 0.4)]
+        num_bytes = sum(len(text.encode()) for text in train + valid)
+        num_words = sum(len(text.split()) for text in train + valid)
+        bits = 8 * len(zlib.compress("\n".join(valid).encode(), 9)) / len("".join(valid).encode())
+        row = next(line[24:].split() for line in shown.splitlines() if line.startswith(name))
+        assert row == [str(len(train)), f"{len(''.join(train).encode()):,}", str(len(valid)),
+                       f"{len(''.join(valid).encode()):,}", f"{num_bytes / num_words:.2f}", f"{bits:.3f}"]
+
+
+class FakeTiktoken:
+    """As much of the library as `BPE` asks for: a token for each character."""
+
+    eot_token = 50_256
+    n_vocab = 50_257
+
+    @classmethod
+    def get_encoding(cls, name):
+        assert name == "gpt2"
+        return cls
+
+    encode_ordinary = staticmethod(lambda text: [ord(character) for character in text])
+    decode = staticmethod(lambda ids: "".join(map(chr, ids)))
+
+
+def test_bpe_counts_the_bytes_of_the_text(monkeypatch):
+    """Not its characters, and not its tokens; V is a multiple of 8."""
+    monkeypatch.setattr(tokens, "optional", lambda name, purpose: FakeTiktoken)
+    vocabulary = tokens.make_vocabulary("gpt2")
+    ids, num_bytes, zeros = vocabulary.encode("東京é!")
+    assert (ids.tolist(), num_bytes, zeros) == ([ord(c) for c in "東京é!"], 3 + 3 + 2 + 1, 0)
+    assert vocabulary.decode(ids.tolist()) == "東京é!"
+    assert vocabulary.size == 50_264 and vocabulary.separator == 50_256
+
+
+def test_tokens_of_another_tokenizer_of_this_name_are_refused(tmp_path):
+    """It is known by what it makes of a text."""
+    class Others(Words):
+        words = Words.words[::-1]
+
+    tokens.load_data([make_data(tmp_path)], Words(), 0.4, tmp_path / "tokens")
+    with pytest.raises(Refusal, match="other tokenizer"):
+        tokens.load_data([tmp_path / "data.jsonl"], Others(), 0.4, tmp_path / "tokens")
+
+
+def test_the_library_has_each_text_once_in_an_order_of_its_own(tmp_path, monkeypatch):
+    """The same file from documents in another order, with copies and empty ones among them."""
+    found = []
+    for documents in ([("a", "Tests"), ("b", "Help"), ("", "Help"), ("a", "Tests")], [("b", "Help"), ("a", "Tests")]):
+        monkeypatch.setattr(pile_data, "library_documents", lambda documents=documents: iter(documents))
+        pile_data.write_library(tmp_path / "x.jsonl")
+        found.append((tmp_path / "x.jsonl").read_bytes())
+    assert found[0] == found[1] and len(found[0].splitlines()) == 2
+
+
+def test_a_long_line_is_never_held(monkeypatch):
+    """16 MB in pieces of 64 KB, with a limit of 256 KB: less than 1 MB at any time."""
+    monkeypatch.setattr(pile_data, "LONGEST_LINE", 2**18)
+    tracemalloc.start()
+    found = list(pile_data.lines(bytes(2**16).replace(b"\0", b"x") for _ in range(256)))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found == [(1, None)] and peak < 2**20
 
 
 def test_missing_zstandard_is_one_line(tmp_path, monkeypatch):

@@ -23,8 +23,9 @@ def steps_of(run):
     return run if isinstance(run, int) else 1
 
 
-def test_runs_are_done_by_others_and_kept(capfd):
+def test_runs_are_done_by_others_and_kept(capfd, monkeypatch):
     """Each once, in processes of one thread that are gone afterwards; the bar reaches its end."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")  # what they would have otherwise
     kept = []
     workers.run_all(work, [3, 5, 2], steps_of, 1, lambda run, result: kept.append((run, result)))
     assert [run for run, _ in kept] == [3, 5, 2] and [result["steps"] for _, result in kept] == [3, 5, 2]
