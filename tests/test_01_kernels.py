@@ -199,3 +199,12 @@ def test_scattered_keys_take_the_share_of_their_weights():
     others = ((0.1 * noise) ** 2 / 2).sum().item()
     found = kernels.irrelevant_share(kernels.TaylorKernel(16, floor=0.0).scores, 500, scatter=0.1)
     assert found == pytest.approx(others / (others + 12.5), rel=1e-6)
+
+
+def test_the_shares_of_each_query_are_its_own():
+    """Two queries of different length: each row sums to 1, and is the weights over their sum."""
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 4, dtype=torch.float64) * torch.tensor([[1.0], [5.0]]), torch.randn(3, 4, dtype=torch.float64)
+    weights = (q @ k.T) ** 2
+    expected = torch.stack([row / row.sum() for row in weights])
+    torch.testing.assert_close(kernels.shares(kernels.ReBasedKernel(4), q, k), expected)
