@@ -22,9 +22,6 @@ import tempfile
 import time
 from pathlib import Path, PurePosixPath
 
-from rebased import LESSONS, files, lesson
-from rebased.lesson import Refusal
-
 try:
     import nbformat
     from pygments.formatters import HtmlFormatter
@@ -43,6 +40,8 @@ try:
 except ImportError as error:
     needed = "pip install -r course/requirements.txt"
     raise SystemExit(f"error: {error.name} is not installed; {needed}") from None
+from rebased import LESSONS, files, lesson
+from rebased.lesson import Refusal
 
 NAMES = list(LESSONS.values())
 
