@@ -673,7 +673,7 @@ if __name__ == "__main__":
 # The remedy costs nothing. Among the features are the squares x_a², and Σ q_a² k_a², what they
 # give, is never below 0. By Cauchy and Schwarz (Σ|q_a k_a|)² ≤ D · Σ q_a² k_a². So make the squares
 # (and the constant, another square) larger by D units in the last place, 2e-6 at D = 16. That is
-# more than rounding takes away: weights stay above 0, and outputs within the values (to 10 %).
+# more than rounding takes away: weights stay above 0, and outputs within the values (to 20 %).
 # Ordinary weights change in their sixth digit. What remains: where *all* weights of a query are
 # below some 1e-6 of |q|²|k|²/D, the mean is taken with other weights than it should be. With keys
 # at a right angle up to 1e-2 the forms of 02 are off by .2 to 2 %, up to 1e-3 by 15 to 50 %, up to

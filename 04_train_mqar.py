@@ -680,9 +680,9 @@ if __name__ == "__main__":
 #   weights of Based: between these two lines nothing differs but the floor. At 8,192 tokens a seed
 #   answers 1,024 queries: .9 is known to ±.01.
 #
-# `python -m experiments.floor` goes on from here: floors from 0 to 1, a floor that is trained itself,
-# contexts up to a million tokens, models that are *trained* at 8,192 tokens, and every kernel of 01
-# with a floor and without, at rates chosen by the training loss.
+# `python -m experiments.floor` goes on from here: floors from 0 to 1, a floor that is trained
+# itself, contexts up to a million tokens, models that are *trained* at 8,192 tokens, and every
+# kernel of 01 with a floor and without, at rates chosen by the training loss.
 
 # %%
 if __name__ == "__main__":

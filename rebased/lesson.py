@@ -106,6 +106,22 @@ def label_ends(axis, ends, gap=0.075):
 
 
 # Text
+def never_stop_at_a_letter():
+    """Print as ? what this output cannot show: no table, no trained model is lost to a pipe of Windows, or to LC_ALL=C.
+
+    Done at the import of this file, but only where a program of this repository runs: other programs keep their output
+    as they want it.
+    """
+    program = getattr(sys.modules["__main__"], "__file__", None)
+    if program and Path(program).resolve().is_relative_to(Path(__file__).resolve().parent.parent):
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):  # a notebook's cannot be, and shows everything
+                stream.reconfigure(errors="replace")
+
+
+never_stop_at_a_letter()
+
+
 def printable(text):
     """Text that may come from anywhere, for a terminal: a · stands for what would move its cursor or ring its bell."""
     return "".join(character if character.isprintable() or character in "\n\t" else "·" for character in text)
@@ -236,12 +252,8 @@ def writable_path(text):
 def obey(command, after_a_stop):
     """command(), with one line and exit status 2 instead of a stack trace for what the user can mend.
 
-    after_a_stop: what to tell who pressed Ctrl-C. What a terminal cannot show (text of a model, names of files) is
-    shown as ? instead of ending the run.
+    after_a_stop: what to tell who pressed Ctrl-C.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a notebook's cannot be, and shows everything
-            stream.reconfigure(errors="replace")
     try:
         return command()
     except (Refusal, OSError, UnicodeError) as error:

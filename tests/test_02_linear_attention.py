@@ -297,7 +297,7 @@ def test_rows_whose_weights_are_all_nearly_0(name, form):
         inputs = [x.detach().float().requires_grad_() for x in exact]
         o = form(*inputs, kernel)
         found = max(g.abs().max() for g in torch.autograd.grad(o.sum(), inputs))
-        assert o.abs().max() <= 1.1 * exact[2].abs().max(), f"{angle}: {o.abs().max():.1e}"
+        assert o.abs().max() <= 1.25 * exact[2].abs().max(), f"{angle}: {o.abs().max():.1e}"
         assert found <= 1.5 * largest, f"{angle}: a gradient of {found:.1e}, the true ones up to {largest:.1e}"
         assert la.relative_error([o.double()], [expected]) < bound
 

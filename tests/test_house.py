@@ -83,9 +83,45 @@ def test_a_lesson_fits_a_projector(path):
     assert not long, long
 
 
+PYTHON = [path for path in sorted(ROOT.rglob("*.py")) if not {"runs", ".venv", "venv"} & set(path.parts)]
+
+
+@pytest.mark.parametrize("path", PYTHON, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_text_file_is_opened_with_its_encoding(path):
+    """Else the same file is another text on Windows, or under LC_ALL=C. Bytes have none."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call):
+            assert not lacks_encoding(node), f"{path.name}, line {node.lineno}: name encoding=\"utf-8\""
+
+
+def lacks_encoding(call):
+    """Whether this call opens text and does not say how it is written."""
+    name = getattr(call.func, "attr", getattr(call.func, "id", None))
+    texts = [argument.value for argument in call.args if isinstance(argument, ast.Constant)]
+    if name == "open":
+        keywords = [keyword.value.value for keyword in call.keywords if keyword.arg == "mode"]
+        opens = not any(isinstance(text, str) and "b" in text and len(text) < 4 for text in texts + keywords)
+        # image.open, gzip.open, webbrowser.open: other functions of that name
+        opens = opens and not (isinstance(call.func, ast.Attribute) and getattr(call.func.value, "id", "") in OTHERS)
+    else:
+        opens = name in ("read_text", "write_text")
+    return opens and "encoding" not in {keyword.arg for keyword in call.keywords}
+
+
+OTHERS = ("image", "Image", "gzip", "webbrowser", "os", "tarfile", "zipfile", "wave")
+
+
+def test_the_test_itself_sees_a_missing_encoding():
+    calls = ["open(path)", "open(path, 'w')", "path.open()", "path.read_text()", "path.write_text(text)"]
+    fine = ["open(path, 'rb')", "path.open('ab')", "open(path, encoding='utf-8')", "path.write_bytes(data)"]
+    found = [lacks_encoding(ast.parse(text).body[0].value) for text in calls + fine]
+    assert found == [True] * 5 + [False] * 4
+
+
 def test_the_test_itself_sees_a_wrong_import(tmp_path):
     file = tmp_path / "01_kernels.py"
-    file.write_text("from rebased import lesson, model\nfrom experiments.mqar import main\nimport rebased.files\n")
+    file.write_text("from rebased import lesson, model\nfrom experiments.mqar import main\nimport rebased.files\n",
+                    encoding="utf-8")
     assert imports_of(file) == {"rebased.lesson", "03_model", "experiments.mqar", "rebased.files"}
 
 
@@ -120,7 +156,7 @@ def test_a_lesson_that_runs_is_not_loaded_again(tmp_path):
     (tmp_path / "rebased").mkdir()
     (tmp_path / "rebased" / "__init__.py").write_bytes((ROOT / "rebased" / "__init__.py").read_bytes())
     lesson = "import sys\nfrom rebased import kernels\nprint(kernels is sys.modules['__main__'])\n"
-    (tmp_path / "01_kernels.py").write_text(lesson)
+    (tmp_path / "01_kernels.py").write_text(lesson, encoding="utf-8")
     assert run(["01_kernels.py"], tmp_path) == (0, "True\n")
 
 
@@ -128,7 +164,8 @@ def test_plain_names_work_from_a_script_and_under_m(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom rebased import kernels, linear_attention, model\n"
-        "print(kernels.__name__, linear_attention.__name__, model.__name__)\n"
+        "print(kernels.__name__, linear_attention.__name__, model.__name__)\n",
+        encoding="utf-8",
     )
     assert run([str(script)], tmp_path) == (0, "01_kernels 02_linear_attention 03_model\n")
     code = "from rebased import kernels; import sys; print(sys.modules['01_kernels'] is kernels)"

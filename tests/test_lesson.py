@@ -1,6 +1,7 @@
 """The specification of rebased/lesson.py and rebased/checks.py: verdicts, figures, stopwatch, errors in one line."""
 
 import argparse
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -160,3 +161,53 @@ def test_what_the_user_can_mend_is_one_line(error, status, message, capsys):
 def test_sizes_are_positive_integers(value):
     with pytest.raises(ValueError, match="heads must be a positive integer"):
         check_positive_integers(dim=3, heads=value)
+
+
+NARROW = {
+    "cp1252": {"PYTHONIOENCODING": "cp1252"},
+    "latin-1": {"PYTHONIOENCODING": "latin-1"},
+    "C": {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+}
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_a_letter_that_cannot_be_shown_is_a_question_mark(tmp_path, name):
+    """In a copy of the house, whose lesson prints letters; elsewhere the output stays as its program wants it."""
+    (tmp_path / "rebased").mkdir()
+    for file in ("__init__.py", "lesson.py"):
+        (tmp_path / "rebased" / file).write_bytes((ROOT / "rebased" / file).read_bytes())
+    code = "from rebased import lesson\nprint('φ', '∞', 'end')\n"
+    (tmp_path / "01_kernels.py").write_text(code, encoding="utf-8")
+    command = [sys.executable, "-B", "01_kernels.py"]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")} | NARROW[name]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, timeout=300)
+    assert (done.returncode, done.stdout.strip()) == (0, b"? ? end"), done.stderr.decode("utf-8", "replace")
+
+
+SMALL = [
+    ["01_kernels.py"],
+    ["02_linear_attention.py"],
+    ["03_model.py"],
+    ["04_train_mqar.py", *"--mixers rebased --seeds 0 --steps 20 --lengths 128 --workers 1".split()],
+    ["05_train_pile.py", *"--mixers rebased --set steps=2 seq_len=64 batch_tokens=256 eval_tokens=500".split()],
+    ["-m", "experiments.pile_sample", "def ", "--length", "40", "--temperature", "3"],
+    ["-m", "experiments.pile_report", "runs/pile/results.jsonl"],
+    ["-m", "experiments.mqar", *"--mixers rebased --seeds 0 --epochs 1 --examples 64 --test-lengths 128".split()],
+    ["-m", "experiments.mqar_report", "runs/mqar_grid.jsonl"],
+    ["-m", "experiments.decoding", *"--contexts 64 --batches 1 --kernels rebased".split()],
+    ["-m", "experiments.baselines_cost"],
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NARROW)
+def test_every_command_ends_well_where_letters_cannot_be_shown(tmp_path, name):
+    """One after the other, as some read what others wrote."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")} | NARROW[name]
+    for command in SMALL:
+        if command[0].endswith(".py"):
+            command = [str(ROOT / command[0]), *command[1:]]
+        command = [sys.executable, "-B", *command]
+        environment["PYTHONPATH"] = str(ROOT)
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, timeout=600)
+        assert done.returncode == 0, (command, done.stderr.decode("utf-8", "replace")[-500:])

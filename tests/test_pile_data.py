@@ -328,7 +328,7 @@ def test_tokens_are_reused_if_they_fit_and_refused_if_not(tmp_path):
     (tmp_path / "tokens" / "train.bin").write_bytes(b"short")
     with pytest.raises(Refusal, match="does not have the"):
         tokens_of(tmp_path, [path])
-    (tmp_path / "tokens" / "manifest.json").write_text("{}")
+    (tmp_path / "tokens" / "manifest.json").write_text("{}", encoding="utf-8")
     with pytest.raises(Refusal, match="not a manifest"):
         tokens_of(tmp_path, [path])
 
@@ -352,7 +352,7 @@ def test_a_local_tokenizer_file_serves_as_gpt_neox(tmp_path):
     assert sum(row["bytes"] for row in rows) == sum(len(text.encode()) for text in make_texts())
     assert sum(row["tokens"] for row in rows) < 0.8 * sum(row["bytes"] for row in rows)
     assert data.train.dtype == np.uint16 and data.train.max() < 304
-    (tmp_path / "broken.json").write_text("{}")
+    (tmp_path / "broken.json").write_text("{}", encoding="utf-8")
     with pytest.raises(Refusal, match="is no tokenizer.json"):
         tokens.make_vocabulary("gpt2", tmp_path / "broken.json")
 
