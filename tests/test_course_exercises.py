@@ -200,7 +200,11 @@ FAKES = {
     ],
     "4b": [
         ("the lesson's run", "def my_run():\n    return train_mqar.SMALL", "choose your own"),
-        ("softmax", "def my_run():\n    return replace(train_mqar.SMALL, seed=1, mixer='rebased')", "has no floor"),
+        (
+            "a kernel without a floor",
+            "def my_run():\n    return replace(train_mqar.SMALL, seed=1, mixer='rebased')",
+            "has no floor",
+        ),
         ("not trained", "def my_run():\n    return replace(train_mqar.SMALL, seed=1, steps=5)", "train longer"),
         (
             "the same model for every dose",
