@@ -245,8 +245,12 @@ def test_dropout_is_for_training_alone(monkeypatch):
     """On in every epoch, off where the accuracy is measured."""
     modes = []
     step = train_mqar.training_step
-    monkeypatch.setattr(train_mqar, "training_step", lambda trained, *rest: (modes.append(trained.training),
-                                                                             step(trained, *rest))[1])
+
+    def watched(trained, *rest):
+        modes.append(trained.training)
+        return step(trained, *rest)
+
+    monkeypatch.setattr(train_mqar, "training_step", watched)
     run = mqar.Run("conv_attention", 16, 2, 32, 0.01, 0)
     experiment = small(dropout=0.5, softmax_epochs=2, examples=320, stop_at=2.0)
     trained, history = mqar.train(run, experiment)
