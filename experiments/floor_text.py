@@ -2,7 +2,7 @@
 
   python -m experiments.floor_text                         4 models × 3 seeds
   python -m experiments.floor_text --seeds 0 1 2 3 4 --workers 2
-  python -m experiments.floor_text --search 0.002 0.004    the training loss at these rates, on a seed of their own
+  python -m experiments.floor_text --search 0.004 0.008    the training loss at these rates, on a seed of their own
 
 In associative recall a floor of ½ drowns what a model has learned, because a long context is full of filler (04). Here
 the filler is text, and the models learn to predict it too. Most bytes of a text need no far token. So the loss by
@@ -50,8 +50,8 @@ SAVE_EVERY = 50  # steps
 class Experiment:
     """What is trained and how it is tested, the same for all models of a table."""
 
-    steps: int = 600
-    learning_rate: float = 0.004
+    steps: int = 1500
+    learning_rate: float = 0.008
     fewest_pairs: int = 8  # planted in a training window
     most_pairs: int = 24
     answer_weight: float = 4.0  # loss = mean over all bytes + this · mean over the values that could be known
@@ -490,7 +490,7 @@ def spread(values, form=".3f"):
     values = list(values)
     if not values:
         return "–"
-    deviation = f" ± {stdev(values):{form}}" if len(values) > 1 else ""
+    deviation = f" ± {stdev(values):{form.lstrip('+')}}" if len(values) > 1 else ""
     return f"{mean(values):{form}}{deviation}"
 
 
@@ -557,26 +557,34 @@ def print_all(rows):
     print_table(rows, "loss by position", position_columns())
     print_table(rows, "planted: right, by distance", answer_columns(FAR))
     print_table(rows, "planted: right, 64 back, by place", answer_columns(NEAR))
+    losses = {heading: name.replace("right", "answer") for heading, name in answer_columns(FAR).items()}
+    print_table(rows, "planted: loss, by distance", losses)
     for definition in ("bigram", "rare", "word"):
         print_table(rows, f"loss, {definition}, last seen", repeat_columns(definition))
-    columns = {"loss 8k–16k": "position 16384", "loss, word 2k–16k": "word 16384", "loss, rare 2k–16k": "rare 16384"}
-    print_differences(rows, "paired differences", columns)
-    columns = {"right at 512": "right 0 512", "right at 4k": "right 0 4096", "right at 16k": "right 0 16000"}
-    print_differences(rows, "paired differences", columns | {"right 64 at 16k": "right 16000 64"})
+    columns = {"8k–16k": "position 16384"}
+    columns |= {f"{definition}, 2k–16k back": f"{definition} 16384" for definition in ("bigram", "rare", "word")}
+    print_differences(rows, "paired differences: loss", columns)
+    columns = {"512 back": "right 0 512", "4k back": "right 0 4096", "16k back": "right 0 16000"}
+    print_differences(rows, "paired differences: right", columns | {"64 back at 16k": "right 16000 64"})
     print_reading(rows)
 
 
 def print_reading(rows):
-    """Two sentences for the planted pairs and the mean loss."""
+    """A sentence for each comparison: planted pairs far back, and the mean loss late in the context."""
     print()
     for label, better, worse in PAIRED:
-        far = differences(rows, better, worse, "right 0 16000")
-        loss = differences(rows, better, worse, "position 16384")
-        if far:
-            before, after = (mean(values_of(rows, line, "right 0 16000").values()) for line in (worse, better))
-            print(f"{label}: planted pairs 16,000 bytes back {before:.3f} -> {after:.3f} (up in "
-                  f"{sum(d > 0 for d in far)} of {len(far)}), loss at 8k–16k {mean(loss):+.3f} "
-                  f"(down in {sum(d < 0 for d in loss)} of {len(loss)}).")
+        parts = []
+        for heading, name in (("4,096 bytes back", "right 0 4096"), ("16,000", "right 0 16000")):
+            found = differences(rows, better, worse, name)
+            seeds = [seed for seed in values_of(rows, better, name) if seed in values_of(rows, worse, name)]
+            if seeds:
+                before = mean(values_of(rows, worse, name)[seed] for seed in seeds)
+                after = mean(values_of(rows, better, name)[seed] for seed in seeds)
+                up = sum(difference > 0 for difference in found)
+                parts.append(f"{heading} {before:.3f} -> {after:.3f} (up in {up} of {len(found)})")
+        if parts:
+            loss = spread(differences(rows, better, worse, "position 16384"), "+.4f")
+            print(f"{label}: planted pairs {', '.join(parts)}; loss at 8k–16k {loss}.")
 
 
 def print_search(rows):

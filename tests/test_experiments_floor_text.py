@@ -169,9 +169,10 @@ def test_each_loss_is_counted_where_it_belongs(data):
     asked = sum(found[f"answer {begin} {distance}"][0] for begin, distance in floor_text.PROBES)
     assert floor_text.EACH * asked == pytest.approx(pairs[:, 1].sum())  # the value stands at place + 1
     assert found["right 0 64"][1] == floor_text.EACH
-    distance = floor_text.repeats(window, ())["word"]
-    far = text & (places >= 8192) & (distance > 2048)
-    assert found["word 16384"] == [pytest.approx(places[far].mean()), far.sum()]
+    for definition, distance in floor_text.repeats(window, ()).items():
+        for nearest, farthest in ((0, 64), (64, 512), (512, 2048), (2048, 16_384)):
+            chosen = text & (places >= 8192) & (distance > nearest) & (distance <= farthest)
+            assert found[f"{definition} {farthest}"] == [pytest.approx(places[chosen].mean()), chosen.sum()]
 
 
 def test_a_perfect_answer_counts_as_right(data):
@@ -207,7 +208,7 @@ def test_tables_from_rows_alone(capsys, tmp_path):
     text = capsys.readouterr().out
     assert "0.300 ± 0.071" in text  # Based: .25 and .35
     assert "0.450 ± 0.071 (2 up)" in text  # .75 - .25 and .75 - .35
-    assert "16,000 bytes back 0.300 -> 0.750 (up in 2 of 2)" in text
+    assert "4,096 bytes back 0.300 -> 0.750 (up in 2 of 2), 16,000 0.300 -> 0.750" in text
     assert "ReBased + ½ " not in text.split("paired")[0]  # no row, no line
     pytest.importorskip("matplotlib")
     floor_text.draw(rows, tmp_path / "figure.png")
