@@ -42,6 +42,7 @@ import torch.nn.functional as F
 
 # kernels: 01_kernels.py; linear_attention: 02_linear_attention.py
 from rebased import few_places, kernels, lesson, linear_attention
+from rebased.autograd import detached
 from rebased.checks import check_length, check_model_config, check_tokens
 from rebased.few_places import rows
 
@@ -376,6 +377,9 @@ class States(NamedTuple):
 
     layers: list
     length: int
+
+    def __deepcopy__(self, memo):
+        return detached(self)  # the numbers; a graph cannot be copied
 
 
 class LanguageModel(nn.Module):

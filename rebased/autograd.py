@@ -1,4 +1,9 @@
-"""Backward passes written by hand: exact first derivatives, and one clear error for second ones."""
+"""Backward passes written by hand: exact first derivatives, and one clear error for second ones.
+
+Also what surrounds them: contexts without autocast, transformations that cannot look inside, copies off the graph.
+"""
+
+from contextlib import nullcontext
 
 import torch
 
@@ -30,3 +35,28 @@ def first_order_only(compute, tensors, instead):
     instead: what to use for second derivatives, named in the error.
     """
     return FirstOrderOnly.apply(compute, instead, *tensors)
+
+
+def refuse_transforms(instead):
+    """Raise RuntimeError inside torch.func (vmap, grad, jvp, ...) and torch.jit.trace: they cannot look in here.
+
+    instead: what they can look into, named in the error.
+    """
+    if torch.jit.is_tracing():
+        raise RuntimeError(f"torch.jit.trace cannot record a pass written by hand; trace {instead}")
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise RuntimeError(f"torch.func cannot look into a pass written by hand; give it {instead}")
+
+
+def without_autocast(device):
+    """A context in which nothing is cast. The meta device, which has shapes and no numbers, knows no autocast."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
+def detached(state):
+    """A copy, hanging on no graph, of the tensors in tuples and lists of any depth."""
+    if isinstance(state, torch.Tensor):
+        return state.detach().clone()
+    if hasattr(state, "_fields"):  # a named tuple
+        return type(state)(*map(detached, state))
+    return type(state)(map(detached, state)) if isinstance(state, (tuple, list)) else state

@@ -4,6 +4,8 @@ from functools import wraps
 
 import torch
 
+from rebased.autograd import without_autocast
+
 def check_last_dim(x, size, name):
     """Raise TypeError or ValueError unless x is a floating-point tensor whose last dimension is `size`."""
     if not isinstance(x, torch.Tensor) or not x.is_floating_point():
@@ -70,7 +72,7 @@ def attention_form(form):
     def wrapped(q, k, v, kernel, *args, **options):
         check_attention(q, k, v, kernel, args[0] if args else options.get("state"))
         dtype = torch.float64 if torch.float64 in (q.dtype, k.dtype, v.dtype) else torch.float32
-        with torch.autocast(q.device.type, enabled=False):
+        with without_autocast(q.device):
             result = form(q.to(dtype), k.to(dtype), v.to(dtype), kernel, *args, **options)
         if isinstance(result, torch.Tensor):
             return result.to(v.dtype)

@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 
 from rebased import EPS
-from rebased.autograd import first_order_only
+from rebased.autograd import first_order_only, refuse_transforms, without_autocast
 
 # The weight of a pair
 # A kernel reaches this file as three numbers, sim = c0 + c1·s + c2·s² with s = q·k/√D, or as None: then q and k are
@@ -508,7 +508,7 @@ def gradients(options, do, d_final, q, k, v, o, inverse, past):
     P = count_features(coefficients, q.shape[-1])
     grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     firsts = []
-    with torch.autocast(q.device.type, enabled=False):  # backward() may have been called inside of one
+    with without_autocast(q.device):  # backward() may have been called inside of one
         for heads in head_groups(len(q), q.device):
             R = None if d_final is None else d_final[heads].clone()
             for part in reversed(parts(q[heads], C, P)):
@@ -564,9 +564,11 @@ def chunked_attention(q, k, v, coefficients, S=None, z=None, return_state=False,
     Returns o (B, H, T, Dv), or (o, S, z) with return_state.
 
     Features, and so P, are those of 01_kernels.py in their order. Memory beyond inputs and outputs: for the backward
-    pass one state a chunk, else one state. First derivatives only: a second one raises RuntimeError.
+    pass one state a chunk, else one state. First derivatives only: a second one, torch.func and torch.jit.trace raise
+    RuntimeError.
     Nothing is checked here; `attention` of 02_linear_attention.py is the door that does.
     """
+    refuse_transforms("chunked_attention or quadratic_attention of 02_linear_attention.py")
     B, H, T, D = q.shape
     Dv = v.shape[-1]
     if chunk_size is None:
@@ -576,7 +578,7 @@ def chunked_attention(q, k, v, coefficients, S=None, z=None, return_state=False,
     q = q.flatten(0, 1)  # (N, T, D)
     k = k.flatten(0, 1)
     v = v.flatten(0, 1)
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):
         o, S = ChunkedAttention.apply(q, k, v, S, coefficients, min(T, chunk_size), return_state)
     o = o.unflatten(0, (B, H))
     if not return_state:

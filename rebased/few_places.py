@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from rebased import EPS
+from rebased.autograd import without_autocast
 from rebased.checks import check_positions
 
 def rows(x, positions):
@@ -31,6 +32,7 @@ def places_before(positions, T):
 # Shares of attention: (B, H, n, T), each row sums to 1
 def softmax_weights(attention, x, positions):
     """The shares that the queries at positions (B, n) of x (B, T, d_model) give: (B, H, n, T)."""
+    check_positions(positions, x)
     q = split_heads(attention.q(rows(x, positions)), attention.heads)  # (B, H, n, Dv)
     k = split_heads(attention.k(x), attention.heads)  # (B, H, T, Dv)
     scores = q @ k.mT / math.sqrt(q.shape[-1])
@@ -40,11 +42,12 @@ def softmax_weights(attention, x, positions):
 
 def kernel_weights(attention, x, positions):
     """The same for a kernel: its scores, divided by their sum. In float32 at least: the sum needs the digits."""
+    check_positions(positions, x)
     q, k = attention.kernel.prepare(attention.q(rows(x, positions)), attention.k(x))
     dtype = torch.promote_types(q.dtype, torch.float32)
     q = split_heads(q, attention.heads).to(dtype)  # (B, H, n, D)
     k = split_heads(k, attention.heads).to(dtype)  # (B, H, T, D)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         weights = attention.kernel.scores(q, k) * places_before(positions, x.shape[1])
         return weights / (weights.sum(-1, keepdim=True) + EPS)
 
@@ -66,6 +69,7 @@ def softmax_at(attention, x, positions):
 
 def kernel_at(attention, x, positions):
     """The same for a kernel, by whichever form is cheaper."""
+    check_positions(positions, x)
     if positions.shape[1] > attention.kernel.num_features:
         return rows(attention(x), positions)  # n·T weights would cost more than P·T features
     return project_mean(attention, x, attention.weights(x, positions))

@@ -19,7 +19,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from rebased.autograd import first_order_only
+from rebased.autograd import first_order_only, refuse_transforms, without_autocast
 from rebased.scan import solve, solve_back
 
 # The layer as a loop: the equations read aloud, and the oracle of the tests
@@ -168,8 +168,9 @@ def block_gradients(dy, later, block, read, h, rooms):
 @torch.compiler.disable  # its passes in place are no graph that torch.compile could follow
 def selective_scan(u, dt, A, write, read, h):
     """`SelectiveScan` in float32, or float64 if u is, whatever autocast says; y comes back in the type of u."""
+    refuse_transforms("mamba_loop of rebased/mamba.py")
     dtype = torch.promote_types(u.dtype, torch.float32)
-    with torch.autocast(u.device.type, enabled=False):
+    with without_autocast(u.device):
         y, h = SelectiveScan.apply(*[x.to(dtype) for x in (u, dt, A, write, read, h)])
     return y.to(u.dtype), h
 

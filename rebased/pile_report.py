@@ -69,7 +69,7 @@ def loss_by_position(losses_of, stream, length):
     contexts = 0
     for begin in range(0, len(stream) - length, length):
         context = torch.from_numpy(stream[begin : begin + length + 1].astype(np.int64))
-        total += losses_of(context.unsqueeze(0))[0].double().cpu().numpy()
+        total += losses_of(context.unsqueeze(0))[0].cpu().double().numpy()
         contexts += 1
     ends = [2**n for n in range(4, 40) if 2**n < length] + [length]
     parts = np.split(total / contexts, ends[:-1])

@@ -18,6 +18,7 @@ import math
 import torch
 import torch.nn as nn
 
+from rebased.autograd import refuse_transforms, without_autocast
 from rebased.scan import Recurrence
 
 # The layer as a loop: the equations read aloud, and the oracle of the tests
@@ -71,8 +72,9 @@ def wkv(k, v, decay, first, h, m):
 
     h holds e^{−m} num and e^{−m} den. In float32, or float64 if k is, whatever autocast says; y comes back in k's type.
     """
+    refuse_transforms("rwkv_loop of rebased/rwkv.py")
     dtype = torch.promote_types(k.dtype, torch.float32)
-    with torch.autocast(k.device.type, enabled=False):
+    with without_autocast(k.device):
         y, h, m = wkv_in_full(*[x.to(dtype) for x in (k, v, -decay.exp(), first, h, m)])
     return y.to(k.dtype), h, m
 
