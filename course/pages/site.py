@@ -19,6 +19,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 INTERACTIVE = Path("course/interactive.html")
 DOCUMENTS = [  # in the order of the menu; those that are there, and whatever else course/ has
+    "course/README.md",
     "course/plan.md",
     "course/primer.md",
     "course/glossary.md",
