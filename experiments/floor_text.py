@@ -82,9 +82,9 @@ def make_model(run):
 
 # Planted pairs
 # A mark is two bytes that no text has, a key and its value. Where it stands again, the value could be known: the only
-# bytes of which that is certain. (With letters, "@kV", no model learned to look up within the minutes there are: every
-# k of the text looks like a key.) In training each mark stands TIMES times, most often soon again: the number of places
-# between is log-uniform. With uniform gaps nothing is learned either, as in 04.
+# bytes of which that is certain. In training each mark stands TIMES times, most often soon again: the number of places
+# between is log-uniform. (Tried before, one run each: marks of letters, "@kV", at uniform gaps were not looked up after
+# 225 to 400 steps, nor after 250 at log-uniform ones. There every k of the text looks like a key.)
 MARK = 2
 TIMES = 3
 LONGEST_GAP = 200  # marks, of two bytes
@@ -418,6 +418,7 @@ def perform(run, report, experiment, rows_path):
 
 def curve(log, every=50):
     """[steps, loss of text, loss of answers], means over the steps since the point before."""
+    every = min(every, len(log))
     points = []
     for end in range(every, len(log) + 1, every):
         points.append([end, *np.mean(log[end - every : end], axis=0).tolist()])
@@ -425,7 +426,7 @@ def curve(log, every=50):
 
 
 def weights_path(run, experiment, rows_path):
-    """Where the weights of a run lie: beside the rows, one name for each run and its settings."""
+    """Where the weights of a run lie, beside the rows; they are kept."""
     return sweep.checkpoint_path(rows_path, f"{run} {experiment}")
 
 

@@ -263,3 +263,8 @@ def test_the_search_has_a_seed_of_its_own(capsys):
     with pytest.raises(SystemExit):
         floor_text.main(["--seeds", "0", str(floor_text.SEARCH_SEED)])
     assert "choose another one for --seeds" in capsys.readouterr().err
+
+
+def test_a_curve_of_few_steps_has_one_point():
+    assert floor_text.curve([[2.0, 1.0], [4.0, 3.0]]) == [[2, 3.0, 2.0]]
+    assert [point[0] for point in floor_text.curve([[2.0, 1.0]] * 120)] == [50, 100]
