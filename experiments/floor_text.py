@@ -35,7 +35,17 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from experiments import sweep
-from rebased import EPS, files, lesson, linear_attention, pile_settings, tokens, train_pile, workers
+from rebased import (
+    EPS,
+    few_places,
+    files,
+    lesson,
+    linear_attention,
+    pile_settings,
+    tokens,
+    train_pile,
+    workers,
+)
 from rebased import model as models
 from rebased.lesson import Refusal
 
@@ -154,9 +164,14 @@ PROBES = ((0, 64), (0, 256), (0, 512), (0, 1024), (0, 4096), (0, 16_000), (1024,
 EACH = 2  # pairs of a kind in a test window
 
 
+def kinds_of_pairs():
+    """(K, 2): begin and distance of each pair in a test window."""
+    return np.repeat(PROBES, EACH, axis=0)
+
+
 def draw_probes(random):
     """Pairs (K, 2) for a test window, EACH of every kind, in which no two marks overlap."""
-    kinds = np.repeat(PROBES, EACH, axis=0)  # (K, 2)
+    kinds = kinds_of_pairs()
     while True:
         first = kinds[:, 0] + random.integers(256, size=len(kinds))
         pairs = np.stack([first, first + kinds[:, 1]], axis=1)
@@ -372,7 +387,7 @@ def add_window(means, losses, right, window, is_planted, pairs, common):
             chosen = late & (distance > nearest) & (distance <= farthest)
             means.add(f"{definition} {farthest}", losses[chosen])
             nearest = farthest
-    for (first, second), (begin, distance) in zip(pairs, np.repeat(PROBES, EACH, axis=0), strict=True):
+    for (first, second), (begin, distance) in zip(pairs, kinds_of_pairs(), strict=True):
         assert second - first == distance
         asked = second + MARK - 2  # losses[t] is that of the byte at t + 1
         means.add(f"answer {begin} {distance}", losses[asked : asked + 1])
@@ -392,6 +407,26 @@ def test(model, data, experiment, common):
     return means.found()
 
 
+@torch.no_grad()
+def shares(model, data, experiment):
+    """{name: [mean, how many]} of what planted queries give in the last layer: to their value, and through the floor.
+
+    A floor f gives f·n of the normaliser to all n tokens alike; so much of the attention cannot be directed.
+    """
+    attention = model.blocks[-1].mixer
+    means = Means()
+    for window, _, pairs in test_windows(data.valid, experiment):
+        x = model.blocks[-1].norm1(model.trunk(torch.from_numpy(window[:-1]).unsqueeze(0)))  # (1, T, d_model)
+        asking = few_places.rows(x, torch.from_numpy(pairs[:, 1]).unsqueeze(0))  # (1, K, d_model)
+        q, k = attention.kernel.prepare(attention.q(asking), attention.k(x))
+        weights = attention.kernel.scores(q, k)[0]  # (K, T): there is one head
+        for own, (first, second), (begin, distance) in zip(weights, pairs, kinds_of_pairs(), strict=True):
+            total = own[: second + 1].sum()
+            means.add(f"share {begin} {distance}", own[first + 1 : first + 2] / total)
+            means.add(f"floor {begin} {distance}", attention.kernel.floor * (second + 1) / total.unsqueeze(0))
+    return means.found()
+
+
 # One run -> one row
 def perform(run, report, experiment, rows_path):
     """Train and test one model, in a worker -> its row. The weights stay: to test again needs no second training."""
@@ -405,6 +440,7 @@ def perform(run, report, experiment, rows_path):
         for name, way in ways_to_test(run.mixer).items():
             with way(model):
                 tests[name] = test(model, data, experiment, common)
+        tests["as trained"] |= shares(model, data, experiment)
     return {
         **dataclasses.asdict(run),
         "settings": dataclasses.asdict(experiment),
@@ -560,6 +596,8 @@ def print_all(rows):
     print_table(rows, "planted: right, 64 back, by place", answer_columns(NEAR))
     losses = {heading: name.replace("right", "answer") for heading, name in answer_columns(FAR).items()}
     print_table(rows, "planted: loss, by distance", losses)
+    floors = {heading: name.replace("right", "floor") for heading, name in answer_columns(FAR).items()}
+    print_table(rows, "planted: share given by the floor", floors)
     for definition in ("bigram", "rare", "word"):
         print_table(rows, f"loss, {definition}, last seen", repeat_columns(definition))
     columns = {"8k–16k": "position 16384"}

@@ -268,3 +268,24 @@ def test_the_search_has_a_seed_of_its_own(capsys):
 def test_a_curve_of_few_steps_has_one_point():
     assert floor_text.curve([[2.0, 1.0], [4.0, 3.0]]) == [[2, 3.0, 2.0]]
     assert [point[0] for point in floor_text.curve([[2.0, 1.0]] * 120)] == [50, 100]
+
+
+def test_shares_of_planted_queries_are_those_of_the_last_layer(data):
+    """Weights w = (s + f)/(S + f·n) and without a floor s/S: the difference of two of them tells the floor's share."""
+    model = floor_text.make_model(floor_text.Run("based", 3)).eval().double()
+    window, _, pairs = next(floor_text.test_windows(data.valid, SMALL))
+    found = floor_text.shares(model, data, SMALL)
+    tokens, places = torch.from_numpy(window[None, :-1]), torch.from_numpy(pairs[None, :, 1])
+    with torch.no_grad():
+        weights = model.logits_at(tokens, places, return_weights=True)[1][0, 0]  # (K, T)
+        with floor_text.floor_set_to_0(model):
+            without = model.logits_at(tokens, places, return_weights=True)[1][0, 0]
+    right, floor = [], []
+    for row, (first, second) in enumerate(pairs):
+        right.append(weights[row, first + 1].item())
+        drop = (weights[row, first + 1] - weights[row, second]) / (without[row, first + 1] - without[row, second])
+        floor.append(1 - drop.item())
+    for number, (begin, distance) in enumerate(floor_text.PROBES):
+        own = slice(floor_text.EACH * number, floor_text.EACH * (number + 1))
+        assert found[f"share {begin} {distance}"][0] == pytest.approx(np.mean(right[own]), rel=1e-9)
+        assert found[f"floor {begin} {distance}"][0] == pytest.approx(np.mean(floor[own]), rel=1e-6)
