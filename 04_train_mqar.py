@@ -475,8 +475,10 @@ def parse_options(argv=None):
         help="contexts to test at (%(default)s)")
     add("--workers", type=count, default=lesson.usable_cores(), help="processes (%(default)s)")
     add("--output", type=lesson.writable_path, default="runs/mqar.jsonl", help="(%(default)s)")
-    add("--figure", type=lesson.writable_path, default="runs/mqar.png", help="(%(default)s)")
+    add("--figure", type=lesson.figure_path, default="runs/mqar.png", help="(%(default)s)")
     options = lesson.parse_arguments(parser, argv)
+    if options.output.resolve() == options.figure.resolve():
+        parser.error(f"--output and --figure are both {options.figure}; rows need a file of theirs")
     options.lengths = sorted(set(options.lengths))
     if options.lengths[0] < 4 * Run.pairs:
         parser.error(f"--lengths: {Run.pairs} pairs and their queries need {4 * Run.pairs} places")

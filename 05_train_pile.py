@@ -52,7 +52,7 @@ from rebased import files, kernels, lesson, pile_report, pile_run, pile_settings
 from rebased import model as models  # 03_model.py
 from rebased.lesson import Refusal
 from rebased.pile_run import GO_ON, RANK, WORLD
-from rebased.tokens import first_documents, print_subsets, subsets_of
+from rebased.tokens import first_documents, print_subsets, refuse_cut, subsets_of
 
 # %% [markdown]
 # ## What is trained
@@ -341,6 +341,7 @@ def train_step(model, optimizer, data, settings, step):
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.zero_grad()
+    refuse_cut(data.train)
     parts = micro_batches(data.train, settings, step)
     if WORLD > 1:
         loss = add_gradients(model, parts, before_the_last=model.no_sync)

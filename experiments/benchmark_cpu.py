@@ -437,7 +437,7 @@ def add_part(parts, name, run, lengths, rows, help):
     if rows:
         part.add_argument("--rows", type=lesson.writable_path, default=rows, help="where rows are added (%(default)s)")
     if name == "forms":
-        part.add_argument("--figure", type=lesson.writable_path, default="runs/cpu_benchmark.png",
+        part.add_argument("--figure", type=lesson.figure_path, default="runs/cpu_benchmark.png",
                           help="where to draw the times (%(default)s)")
 
 

@@ -472,6 +472,8 @@ def perform_missing(planned, experiment, role, path, processes, extra):
     """Perform those planned runs that have no row yet; returns the rows of all, in the order planned."""
     done = finished(path, experiment, role)
     missing = [run for run in planned if run not in done]
+    for run in done:  # a kill between a row and the end of its checkpoint leaves that behind
+        sweep.remove_checkpoint(checkpoint_of(run, experiment, role, path))
     if len(missing) < len(planned):
         print(f"{path}: {len(planned) - len(missing)} of {len(planned)} runs are there already and are not repeated")
     if missing:

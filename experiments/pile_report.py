@@ -44,7 +44,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="tables of 05_train_pile.py from its rows")
     parser.add_argument("rows", type=Path, help="results.jsonl of a run")
     parser.add_argument("--peak-tflops", type=float, help="of one device, to print the utilisation (H100, bf16: 989)")
-    parser.add_argument("--figure", type=lesson.writable_path, help="draw the curves there, too")
+    parser.add_argument("--figure", type=lesson.figure_path, help="draw the curves there, too")
     options = lesson.parse_arguments(parser, argv)
     rows = files.read_rows(options.rows, ("mixer", "settings", "config", "curve", "slices", "subsets", "zlib"))
     if not rows:

@@ -116,23 +116,64 @@ def write_rows(path, rows):
     write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
+# What a row must hold under these names, wherever it has them
+KINDS = {
+    str: ("mixer", "role", "command", "date", "hardware"),
+    int: ("seed", "steps", "length", "pairs", "d_model", "parameters", "tokens", "bytes"),
+    (int, float, type(None)): ("learning_rate", "accuracy", "loss", "perplexity", "bits_per_byte", "zlib",
+                               "tokens_per_s", "minutes"),
+    dict: ("settings", "config", "cells", "cells_without_floor", "slices", "subsets"),
+    list: ("curve", "by_position", "losses", "accuracies"),
+}
+NUMBERS = ("cells", "cells_without_floor", "slices", "subsets", "curve", "by_position", "losses", "accuracies")
+
+
+def wrong_field(row):
+    """The name of a field that holds what no program here writes there; None if all is well."""
+    for kind, names in KINDS.items():
+        for name in names:
+            if name in row and (not isinstance(row[name], kind) or isinstance(row[name], bool)):
+                return name
+    for name in NUMBERS:
+        if name in row and not only_numbers(row[name]):
+            return name
+    return None
+
+
+def only_numbers(x):
+    """Whether the leaves of dictionaries and lists are numbers, or None for what could not be measured."""
+    if isinstance(x, dict):
+        return all(map(only_numbers, x.values()))
+    if isinstance(x, list):
+        return all(map(only_numbers, x))
+    return x is None or isinstance(x, (int, float))
+
+
 def read_rows(path, fields=()):
     """The dictionaries of a file of rows; [] if there is no file. A torn last line counts as not written.
 
-    Raises Refusal that names the first line which is no row, or lacks one of `fields`.
+    A line that is there twice, as in files that were joined, counts once. Raises Refusal that names the first line
+    which is no row, lacks one of `fields`, or holds a text where a number belongs.
     """
     if not path.exists():
         return []
     rows = []
+    known = set()
     for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
         if not line.endswith(b"\n"):
             break
+        if line in known:
+            continue
+        known.add(line)
         try:
             row = json.loads(line)
             missing = [field for field in fields if field not in row]
+            wrong = wrong_field(row)
         except (ValueError, TypeError, RecursionError):
             raise Refusal(f"{path}, line {number} is not a row of results; mend it or choose another file") from None
         if missing:
             raise Refusal(f"{path}, line {number} has no {missing[0]!r}: a row of something else?")
+        if wrong:
+            raise Refusal(f"{path}, line {number}: {wrong!r} is {str(row[wrong])[:40]!r}, which is no result of ours")
         rows.append(row)
     return rows

@@ -73,6 +73,9 @@ def new_figure(width, height):
 def save_figure(figure, path, description):
     """Write a figure and say where; in a notebook, show it. description: for a reader who cannot see it."""
     path = Path(path)
+    if holds_something_else(path):
+        print(f"no figure: {path} holds something that is no picture; it is kept, choose another --figure")
+        return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=120, metadata={"Description": description} if path.suffix == ".png" else None)
@@ -84,6 +87,23 @@ def save_figure(figure, path, description):
         from IPython.display import Image, display
 
         display(Image(filename=path, alt=description))
+
+
+PICTURES = {  # kinds of figures, and how such files begin
+    ".png": (b"\x89PNG",),
+    ".jpg": (b"\xff\xd8\xff",),
+    ".pdf": (b"%PDF",),
+    ".svg": (b"<?xml", b"<svg"),
+}
+
+
+def holds_something_else(path):
+    """Whether a file is there that no figure may overwrite: rows, say."""
+    if not path.is_file() or path.stat().st_size == 0:
+        return False
+    with open(path, "rb") as file:
+        begin = file.read(8)
+    return not any(begin.startswith(begins) for kind in PICTURES.values() for begins in kind)
 
 
 def label_ends(axis, ends, gap=0.075):
@@ -106,20 +126,33 @@ def label_ends(axis, ends, gap=0.075):
 
 
 # Text
-def never_stop_at_a_letter():
-    """Print as ? what this output cannot show: no table, no trained model is lost to a pipe of Windows, or to LC_ALL=C.
+def speak_plainly():
+    """Print as ? what this output cannot show, and say in one line what the user can mend.
 
-    Done at the import of this file, but only where a program of this repository runs: other programs keep their output
-    as they want it.
+    So no table and no trained model is lost to a pipe of Windows, or to LC_ALL=C. Done at the import of this file, but
+    only where a program of this repository runs: other programs keep their output as they want it.
     """
     program = getattr(sys.modules["__main__"], "__file__", None)
     if program and Path(program).resolve().is_relative_to(Path(__file__).resolve().parent.parent):
-        for stream in (sys.stdout, sys.stderr):
-            if hasattr(stream, "reconfigure"):  # a notebook's cannot be, and shows everything
-                stream.reconfigure(errors="replace")
+        replace_letters()
+        sys.excepthook = say_in_one_line
 
 
-never_stop_at_a_letter()
+def replace_letters():
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a notebook's cannot be, and shows everything
+            stream.reconfigure(errors="replace")
+
+
+def say_in_one_line(kind, error, traceback):
+    """What the user can mend, wherever it comes from (a full disk behind a pipe), is no stack trace."""
+    if issubclass(kind, (Refusal, OSError)):
+        print(f"error: {error}", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, traceback)
+
+
+speak_plainly()
 
 
 def printable(text):
@@ -241,19 +274,36 @@ def writable_path(text):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         new = not path.exists()
+        if not new and not path.is_file() and not path.is_dir():
+            raise argparse.ArgumentTypeError(f"cannot write {path}: it is no ordinary file; choose another path")
         path.open("ab").close()
         if new:
-            path.unlink()
+            try:
+                path.write_bytes(bytes(2**16))  # a full disk says so here
+            finally:
+                path.unlink()
     except OSError as error:
         raise argparse.ArgumentTypeError(f"cannot write {path}: {error.strerror}; choose another path") from None
+    return path
+
+
+def figure_path(text):
+    """An argparse type: where a figure can be written, and is of a kind that can be drawn."""
+    path = Path(text)
+    if path.suffix.lower() not in PICTURES:
+        raise argparse.ArgumentTypeError(f"{path} is no figure's name; let it end in {', '.join(PICTURES)}")
+    writable_path(text)
+    if holds_something_else(path):
+        raise argparse.ArgumentTypeError(f"{path} holds something that is no picture; choose another path")
     return path
 
 
 def obey(command, after_a_stop):
     """command(), with one line and exit status 2 instead of a stack trace for what the user can mend.
 
-    after_a_stop: what to tell who pressed Ctrl-C.
+    after_a_stop: what to tell who pressed Ctrl-C. What the output cannot show is shown as ?.
     """
+    replace_letters()
     try:
         return command()
     except (Refusal, OSError, UnicodeError) as error:

@@ -20,19 +20,38 @@ from rebased.lesson import Refusal
 from rebased.tokens import first_documents, identity, load_data, make_vocabulary
 
 # torchrun gives every process its number; a process that was started alone is number 0 of 1
-RANK = int(os.environ.get("RANK", 0))
-WORLD = int(os.environ.get("WORLD_SIZE", 1))
+def number_of(name, default):
+    """A number that torchrun gives; the default for what is none, which `refuse_half_a_launch` names."""
+    text = os.environ.get(name, "")
+    return int(text) if text.isascii() and text.isdecimal() else default
+
+
+RANK = number_of("RANK", 0)
+WORLD = number_of("WORLD_SIZE", 1)
 GO_ON = "the same command with --resume goes on from the last checkpoint"
 FORMAT = 3  # of checkpoints
 
 
 # Before and after the work
+LAUNCH = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def refuse_half_a_launch():
+    """Raises Refusal where only some of torchrun's variables are set, or to what is no number: a job's leftovers."""
+    given = [name for name in LAUNCH if name in os.environ]
+    numbers = [name for name in given if name != "MASTER_ADDR" and not os.environ[name].isdecimal()]
+    if {"RANK", "WORLD_SIZE"} & set(given) and (len(given) < len(LAUNCH) or numbers or RANK >= WORLD):
+        wrong = numbers or [name for name in LAUNCH if name not in given] or ["RANK"]
+        raise Refusal(f"{', '.join(given)} set as by torchrun, but not {wrong[0]}: start with torchrun, or unset them")
+
+
 def start(mixers, argv=None):
     """(options, settings, device, source): what to do, where, and where the rows will say they come from.
 
     mixers: the names to choose from. Of several processes only the first one prints. Raises Refusal for what cannot be
     run.
     """
+    refuse_half_a_launch()
     options, settings = pile_settings.read_options(mixers, argv)
     sequences = settings.batch_tokens // settings.seq_len
     if sequences % WORLD:
@@ -95,9 +114,15 @@ def own_folder(options):
     """Hold the folder, so that no other run writes to it, and give it.
 
     Checkpoints of an older run: with --resume they are kept. Without, they are deleted in the default folder; in one
-    that was named they are a reason to raise Refusal.
+    that was named they are a reason to raise Refusal, and so are those of a mixer that is not asked for now: its rows
+    would be replaced.
     """
     out = folder_of(options)
+    others = {path.parent.name for path in out.glob("*/checkpoint.pt")} - set(options.mixers)
+    if others and options.out:
+        there = ", ".join(sorted(others))
+        named = " ".join([*sorted(others), *options.mixers])
+        raise Refusal(f"{out} holds {there}: say --mixers {named} --resume, or choose another --out")
     paths = [out / mixer / "checkpoint.pt" for mixer in options.mixers]
     old = [path for path in paths if path.exists() and not options.resume]
     if old and options.out:

@@ -111,7 +111,7 @@ def read_options(mixers, argv=None):
     where.add_argument("--out", type=Path, help="folder for checkpoints, logs and rows (runs/pile, replaced each time)")
     where.add_argument("--resume", action="store_true", help="go on from the checkpoints in --out; begin what has none")
     where.add_argument("--device", help="cpu, cuda, cuda:1, ... (cuda if there is one)")
-    where.add_argument("--figure", type=lesson.writable_path, default="runs/05_train_pile.png", help="(%(default)s)")
+    where.add_argument("--figure", type=lesson.figure_path, default="runs/05_train_pile.png", help="(%(default)s)")
     options = lesson.parse_arguments(parser, argv)
     preset = [f"{name}={value}" for name, value in PRESETS[options.preset].items()]
     return options, lesson.change(Settings(), preset + options.set)

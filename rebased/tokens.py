@@ -299,12 +299,20 @@ def open_tokens(folder, manifest, vocabulary, notes):
     return Tokens(manifest, load("train.bin", dtype), load("valid.bin", dtype), docs, vocabulary, notes)
 
 
+def refuse_cut(tokens):
+    """Raises Refusal if the file of a memory map is shorter than the map: to read beyond its end kills a process."""
+    file = getattr(tokens, "filename", None)
+    if file and (not os.path.exists(file) or os.path.getsize(file) < tokens.nbytes):
+        raise Refusal(f"{shown(file)} has been cut short: delete {shown(Path(file).parent)}, then go on with --resume")
+
+
 def first_documents(data, limit):
     """The first validation documents, about `limit` tokens: (a separator and their tokens, their rows of valid_docs).
 
     Raises Refusal if there is none.
     """
     docs = data.valid_docs  # (documents, 4): start, tokens, bytes, subset
+    refuse_cut(data.valid)
     if not len(docs):
         raise Refusal("no document fell into the validation part; give more documents or a larger valid_share")
     docs = docs[: max(1, np.searchsorted(docs[:, 0], limit))]

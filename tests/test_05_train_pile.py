@@ -634,6 +634,48 @@ def test_bad_input_is_one_clear_line(tmp_path, monkeypatch, capsys, arguments, m
     assert len(last) == 1 and message in last[0], shown
 
 
+def test_another_mixer_does_not_replace_the_rows_of_a_folder(tmp_path):
+    """All that are there must be asked for; then the new one begins beside them."""
+    (tmp_path / "rebased").mkdir()
+    (tmp_path / "rebased" / "checkpoint.pt").touch()
+    for mixers, resume in ((["based"], False), (["based"], True)):
+        options = SimpleNamespace(out=tmp_path, mixers=mixers, resume=resume)
+        with pytest.raises(Refusal, match="holds rebased: say --mixers rebased based --resume"):
+            with pile_run.own_folder(options):
+                pass
+    with pile_run.own_folder(SimpleNamespace(out=tmp_path, mixers=["rebased", "based"], resume=True)) as out:
+        assert out == tmp_path
+
+
+@pytest.mark.parametrize("given", [
+    {"RANK": "1"}, {"WORLD_SIZE": "2"}, {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "x"},
+    {"RANK": "one", "WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"},
+])
+def test_half_a_launch_is_one_line(monkeypatch, given):
+    for name in pile_run.LAUNCH:
+        monkeypatch.delenv(name, raising=False)
+    pile_run.refuse_half_a_launch()
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(Refusal, match="set as by torchrun, but not .*: start with torchrun, or unset"):
+        pile_run.refuse_half_a_launch()
+
+
+def test_tokens_that_are_cut_while_training_are_one_line_and_no_bus_error(trained, tmp_path):
+    """What was trained until then is in the checkpoint."""
+    path = tmp_path / "train.bin"
+    path.write_bytes(trained.data.train.tobytes())
+    data = trained.data._replace(train=np.memmap(path, np.uint8, "r"))
+    tokens.refuse_cut(data.train)
+    os.truncate(path, 1000)
+    with pytest.raises(Refusal, match="train.bin has been cut short"):
+        train_pile.train("rebased", settings(), data, tmp_path / "run")
+    path.unlink()
+    with pytest.raises(Refusal, match="train.bin has been cut short"):
+        tokens.refuse_cut(data.train)
+    tokens.refuse_cut(np.zeros(3))
+
+
 def test_nothing_optional_is_imported_at_the_top_of_a_file():
     for path in (PROGRAM, *(ROOT / "rebased").glob("*.py")):
         for line in path.read_text(encoding="utf-8").splitlines():  # an import inside a function is indented

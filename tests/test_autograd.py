@@ -1,9 +1,16 @@
 """The specification of rebased/autograd.py: first derivatives exact, second ones refused, whoever asks."""
 
+import copy
+import pickle
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from rebased import kernels, linear_attention, model
 from rebased.autograd import first_order_only
+from rebased.mamba import Mamba
+from rebased.rwkv import RWKV
 
 def double(do, x, none):
     """The gradient of x², behind autograd's back; and one that does not exist."""
@@ -53,3 +60,72 @@ def test_an_incoming_gradient_alone(x):
     (first,) = torch.autograd.grad(Square.apply(leaf, 1), leaf, do, create_graph=True)
     with pytest.raises(RuntimeError, match="no derivative of its own"):
         torch.autograd.grad(first.sum(), do)
+
+
+KERNEL = kernels.KERNELS["rebased"](4)
+BY_HAND = {
+    "attention": lambda x: linear_attention.attention(x, x, x, KERNEL),
+    "mamba": Mamba(SimpleNamespace(d_model=4)),
+    "rwkv": RWKV(4, 0, 2),
+}
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_torch_func_and_trace_are_told_what_to_take(name):
+    x = torch.randn(1, 2, 9, 4) if name == "attention" else torch.randn(2, 9, 4)
+    other = "quadratic_attention of 02" if name == "attention" else f"{name}_loop of rebased"
+    for transform in (torch.func.vmap, lambda f: torch.func.grad(lambda x: f(x).sum())):
+        with pytest.raises(RuntimeError, match=f"torch.func cannot look into .* give it .*{other}") as error:
+            transform(BY_HAND[name])(x.unsqueeze(0) if transform is torch.func.vmap else x)
+        assert "\n" not in str(error.value)
+    with pytest.raises(RuntimeError, match=f"torch.jit.trace cannot record .* trace .*{other}"):
+        torch.jit.trace(BY_HAND[name], (x,))
+
+
+def test_torch_func_works_with_the_readable_forms():
+    x = torch.randn(3, 1, 2, 9, 4)
+    for form in (linear_attention.quadratic_attention, linear_attention.chunked_attention):
+        def of_one(x, form=form):
+            return form(x, x, x, KERNEL)
+
+        torch.testing.assert_close(torch.func.vmap(of_one)(x), torch.stack([of_one(one) for one in x]))
+        one = x[0].requires_grad_()
+        (expected,) = torch.autograd.grad(of_one(one).sum(), one)
+        torch.testing.assert_close(torch.func.grad(lambda x, form=form: form(x, x, x, KERNEL).sum())(one), expected)
+
+
+@pytest.mark.parametrize("mixer", ["rebased", "based", "elementwise", "attention"])
+def test_the_meta_device_gives_shapes(mixer):
+    with torch.device("meta"):
+        language_model = model.LanguageModel(model.recall_config(mixer))
+        tokens = torch.zeros(2, 40, dtype=torch.int64)
+        positions = torch.zeros(2, 3, dtype=torch.int64)
+    logits = language_model(tokens)
+    logits.sum().backward()
+    assert logits.shape == (2, 40, 256) and language_model.logits_at(tokens, positions).shape == (2, 3, 256)
+    logits, states = language_model.step(tokens[:, 0], language_model.prefill(tokens)[1])
+    assert logits.shape == (2, 256) and states.length == 41
+
+
+@pytest.mark.parametrize("mixer", ["rebased", "attention"])
+def test_states_are_copied_and_pickled_also_off_a_graph(mixer):
+    language_model = model.LanguageModel(model.recall_config(mixer))
+    _, states = language_model.prefill(torch.ones(1, 5, dtype=torch.int64))
+    following = torch.ones(1, dtype=torch.int64)
+    expected, _ = language_model.step(following, states)
+    for copied in (copy.deepcopy(states), pickle.loads(pickle.dumps(copy.deepcopy(states)))):
+        assert type(copied) is type(states) and type(copied.layers[1]) is type(states.layers[1])
+        assert not copied.layers[1][0].requires_grad
+        assert torch.equal(language_model.step(following, copied)[0], expected)
+
+
+@pytest.mark.parametrize("mixer", ["rebased", "conv_attention"])
+@pytest.mark.parametrize("positions", [torch.zeros(1, 3, dtype=torch.int64), torch.zeros(2, 3), torch.full((2, 1), 9)])
+def test_places_that_are_none_are_named(mixer, positions):
+    language_model = model.LanguageModel(model.recall_config(mixer))
+    attention, x = language_model.blocks[-1].mixer, torch.randn(2, 9, 64)
+    for function in (attention.at, attention.weights):
+        with pytest.raises(ValueError, match="positions must"):
+            function(x, positions)
+    with pytest.raises(ValueError, match="positions must"):
+        language_model.logits_at(torch.ones(2, 9, dtype=torch.int64), positions)

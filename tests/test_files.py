@@ -164,6 +164,22 @@ def test_what_is_no_row_is_named(tmp_path, line, message):
         files.read_rows(path, ["n"])
 
 
+@pytest.mark.parametrize("row, name", [
+    ({"seed": "0"}, "seed"), ({"mixer": ["based"]}, "mixer"), ({"cells": {"128 official": {"accuracy": "1"}}}, "cells"),
+    ({"loss": "low"}, "loss"), ({"curve": 3}, "curve"), ({"parameters": True}, "parameters"),
+])
+def test_a_field_that_is_no_result_is_named(tmp_path, row, name):
+    files.write_rows(tmp_path / "rows.jsonl", [{"seed": 1, "loss": None}, row])
+    with pytest.raises(Refusal, match=f"line 2: '{name}' is"):
+        files.read_rows(tmp_path / "rows.jsonl")
+
+
+def test_a_row_that_was_joined_twice_counts_once(tmp_path):
+    rows = [{"seed": 0, "loss": 1.5}, {"seed": 0, "loss": 1.25}]
+    files.write_rows(tmp_path / "rows.jsonl", rows + rows[:1])
+    assert files.read_rows(tmp_path / "rows.jsonl") == rows
+
+
 def test_rows_that_cannot_be_written_are_one_line(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(Refusal, match="cannot write"):

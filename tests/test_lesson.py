@@ -1,6 +1,7 @@
 """The specification of rebased/lesson.py and rebased/checks.py: verdicts, figures, stopwatch, errors in one line."""
 
 import argparse
+import errno
 import os
 import subprocess
 import sys
@@ -161,6 +162,48 @@ def test_what_the_user_can_mend_is_one_line(error, status, message, capsys):
 def test_sizes_are_positive_integers(value):
     with pytest.raises(ValueError, match="heads must be a positive integer"):
         check_positive_integers(dim=3, heads=value)
+
+
+@pytest.mark.parametrize("name, message", [
+    ("x.txt", "no figure's name"), ("x", "no figure's name"), ("folder.png", "Is a directory"),
+    ("x" * 252 + ".png", "File name too long"), ("rows.png", "holds something that is no picture"),
+    ("rows.jsonl/x.png", "cannot write"),
+])
+def test_a_figure_that_cannot_be_drawn_is_refused_before_any_work(tmp_path, name, message):
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "rows.png").write_text('{"seed": 0}\n', encoding="utf-8")
+    (tmp_path / "rows.jsonl").write_text('{"seed": 0}\n', encoding="utf-8")
+    with pytest.raises(argparse.ArgumentTypeError, match=message):
+        lesson.figure_path(tmp_path / name)
+
+
+def test_a_figure_overwrites_figures_and_nothing_else(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "rows.png"
+    for content in (None, b"\x89PNG\r\n", b""):  # an older figure, an empty file
+        if content is not None:
+            path.write_bytes(content)
+        lesson.save_figure(lesson.new_figure(1, 1), path, "nothing")
+        assert f"figure: {path}" in capsys.readouterr().out
+        assert lesson.figure_path(path) == path
+    path.write_text('{"seed": 0}\n', encoding="utf-8")
+    lesson.save_figure(lesson.new_figure(1, 1), path, "nothing")
+    assert "no figure" in capsys.readouterr().out and path.read_text(encoding="utf-8") == '{"seed": 0}\n'
+
+
+def test_rows_need_an_ordinary_file_and_a_disk_that_is_not_full(tmp_path, monkeypatch):
+    if Path("/dev/full").exists():
+        with pytest.raises(argparse.ArgumentTypeError, match="no ordinary file"):
+            lesson.writable_path("/dev/full")
+
+    def full(path, data):
+        path.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(argparse.ArgumentTypeError, match="No space left on device"):
+        lesson.writable_path(tmp_path / "rows.jsonl")
+    assert not list(tmp_path.iterdir())
 
 
 NARROW = {
