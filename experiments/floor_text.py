@@ -548,15 +548,15 @@ def print_table(rows, title, columns):
             print(f"  {label:34}{seeds:3}" + "".join(f"{cell:>16}" for cell in cells))
 
 
-def print_differences(rows, title, columns):
+def print_differences(rows, title, columns, form):
     """Paired differences: mean ± standard deviation over seeds, and how many of them are above 0."""
-    print(f"\n{title:36}{'n':>3}" + "".join(f"{heading:>22}" for heading in columns))
+    print(f"\n{title:36}{'n':>3}" + "".join(f"{heading:>24}" for heading in columns))
     for label, better, worse in PAIRED:
         cells = ""
         for name in columns.values():
             found = differences(rows, better, worse, name)
             above = sum(difference > 0 for difference in found)
-            cells += f"{f'{spread(found)} ({above} up)' if found else '–':>22}"
+            cells += f"{f'{spread(found, form)} ({above} up)' if found else '–':>24}"
         print(f"  {label:34}{len(found):3}{cells}")
 
 
@@ -602,9 +602,9 @@ def print_all(rows):
         print_table(rows, f"loss, {definition}, last seen", repeat_columns(definition))
     columns = {"8k–16k": "position 16384"}
     columns |= {f"{definition}, 2k–16k back": f"{definition} 16384" for definition in ("bigram", "rare", "word")}
-    print_differences(rows, "paired differences: loss", columns)
+    print_differences(rows, "paired differences: loss", columns, "+.4f")
     columns = {"512 back": "right 0 512", "4k back": "right 0 4096", "16k back": "right 0 16000"}
-    print_differences(rows, "paired differences: right", columns | {"64 back at 16k": "right 16000 64"})
+    print_differences(rows, "paired differences: right", columns | {"64 back at 16k": "right 16000 64"}, "+.3f")
     print_reading(rows)
 
 
@@ -640,23 +640,30 @@ def print_search(rows):
     print()
 
 
+PANELS = {"Based": (0, 1, 3), "ReBased": (5, 6, 4)}  # positions in LINES: with its floor, 0 at test, without
+STYLES = (("with a floor of ½", "tab:red", "--"), ("the same, 0 at test", "tab:red", "-"), ("without", "black", ":"))
+
+
 def draw(rows, path):
-    """Left: planted pairs by distance. Right: loss by position."""
-    figure = lesson.new_figure(9, 3.6)
+    """Planted pairs answered right by distance: the mean over seeds, and a thin line from the lowest to the highest."""
+    figure = lesson.new_figure(9, 3.4)
     if figure is None:
         return
-    axes = figure.subplots(1, 2)
-    styles = ("r--", "r-", "r:", "k-", "b-", "b--", "c-", "c:")
-    for line, (mixer, _, label) in enumerate(LINES):
-        name = label if not label.startswith(" ") else f"{'Based' if mixer == 'based' else 'ReBased + ½'},{label[1:]}"
-        for axis, measures, marks in ((axes[0], FAR, [d for b, d in PROBES if b == 0]),
-                                      (axes[1], position_columns().values(), POSITIONS)):
-            means = [mean(values_of(rows, line, measure).values() or [math.nan]) for measure in measures]
-            axis.plot(marks, means, styles[line], label=name, marker=".")
-    axes[0].set(xscale="log", ylim=(0, 1.02), xlabel="bytes from the pair to its query", title="planted pairs: right")
-    axes[1].set(xscale="log", xlabel="position in the context", title="loss per byte")
-    axes[1].legend(fontsize=7)
-    lesson.save_figure(figure, path, "Planted pairs answered right by distance, and loss by position, of LINES")
+    axes = figure.subplots(1, 2, sharey=True)
+    marks = [distance for begin, distance in PROBES if begin == 0]
+    for axis, (title, lines) in zip(axes, PANELS.items(), strict=True):
+        for line, (name, color, dashes) in zip(lines, STYLES, strict=True):
+            by_distance = [list(values_of(rows, line, measure).values()) for measure in FAR]
+            if all(by_distance):
+                means = [mean(values) for values in by_distance]
+                axis.plot(marks, means, dashes, color=color, marker=".", label=name)
+                axis.vlines(marks, [min(v) for v in by_distance], [max(v) for v in by_distance], color=color, lw=0.8)
+        axis.set(xscale="log", ylim=(0, 1.03), xlabel="bytes between a pair and its query", title=title)
+        axis.set_xticks(marks, [thousands(mark) for mark in marks])
+        axis.minorticks_off()
+        axis.legend(frameon=False)
+    axes[0].set_ylabel("answered right")
+    lesson.save_figure(figure, path, "Pairs planted in text, answered right by distance, with a floor and without one")
 
 
 # The command line

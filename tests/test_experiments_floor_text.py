@@ -207,7 +207,7 @@ def test_tables_from_rows_alone(capsys, tmp_path):
     floor_text.print_all(rows)
     text = capsys.readouterr().out
     assert "0.300 ± 0.071" in text  # Based: .25 and .35
-    assert "0.450 ± 0.071 (2 up)" in text  # .75 - .25 and .75 - .35
+    assert "+0.450 ± 0.071 (2 up)" in text  # .75 - .25 and .75 - .35
     assert "4,096 bytes back 0.300 -> 0.750 (up in 2 of 2), 16,000 0.300 -> 0.750" in text
     assert "ReBased + ½ " not in text.split("paired")[0]  # no row, no line
     pytest.importorskip("matplotlib")
