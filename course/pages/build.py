@@ -53,7 +53,6 @@ def write_lesson(site, name, notebook, seconds):
     seconds: how long it ran; None if it was not run.
     """
     file = Path(f"{name}.py")
-    page = page_of(file)
     download = f"notebooks/{name}.ipynb"
     site.write(download, nbformat.writes(notebooks.for_download(notebook, site.repository)) + "\n")
     write_source(site, file, PurePosixPath(f"{name}.py.html"))
@@ -63,22 +62,29 @@ def write_lesson(site, name, notebook, seconds):
     for number, cell in enumerate(notebook.cells):
         cells.append(cell_as_html(site, name, number, cell, renderer))
     sections = [(anchor, text) for level, anchor, text in renderer.headings if level == 2]
-    place = NAMES.index(name)
+    before, after = neighbours(name)
     site.write_page(
-        page,
+        page_of(file),
         title_of_lesson(notebook),
         "lesson.html.j2",
         opening=cells[0],
         cells="".join(cells[1:]),
         sections=sections,
         name=name,
-        before=NAMES[place - 1] if place > 0 else None,
-        after=NAMES[place + 1] if place + 1 < len(NAMES) else None,
+        before=before,
+        after=after,
         colab=colab_address(site.repository, download),
         setup=notebooks.setup_lines(site.repository),
         seconds=seconds,
         rows=where_rows_came_from(notebook),
     )
+
+
+def neighbours(name):
+    """The lessons before and after one; None where there is none."""
+    around = [None, *NAMES, None]
+    place = around.index(name)
+    return around[place - 1], around[place + 1]
 
 
 def title_of_lesson(notebook):
