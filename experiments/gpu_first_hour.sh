@@ -22,6 +22,7 @@ if [ -n "$SMALL" ]; then
     SPEED="--lengths 64 128 --tokens 128"
     CELL="--lengths 32 --pairs 4 --d-models 16 --seeds 0 --epochs 1 --examples 64 --test-examples 8 --test-lengths 32"
     CELL="$CELL --learning-rates .003 --vocab-size 64"
+    MINUTES=60
     NCU=""
     SANITIZER=""
 else
