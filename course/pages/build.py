@@ -6,7 +6,7 @@ Markdown document, one for each file that these mention, and the interactive pag
 MathML, so nothing is fetched from elsewhere and nothing but the interactive page needs a script.
 
 Run: pip install -r requirements.txt -r course/requirements.txt
-     course/build                       (all lessons: 4 minutes on two cores)
+     course/build                       (all lessons; 05 takes 3 minutes, the others 1 in all)
      course/build --execute 01 02 03    (the pages of the others then have no output)
 """
 
