@@ -7,8 +7,8 @@ more shared memory than there is.
 
   python -m pytest -q tests/test_triton_kernels_launches.py              a sample, in seconds
   python -m pytest -q -m slow tests/test_triton_kernels_launches.py      every card, type, D and Dv, with T and states
-                                                                         taking turns: half an hour of a core
-  ALL_LAUNCHES=1 python -m pytest -q -m slow ...                         with every T and states: two hours
+                                                                         taking turns: half an hour of a core, by estimate
+  ALL_LAUNCHES=1 python -m pytest -q -m slow ...                         with every T and states: two hours, by estimate
 
 With another Triton: pip install --no-deps --target FOLDER triton==3.6.0, and PYTHONPATH=FOLDER before the command.
 """
@@ -281,8 +281,8 @@ def test_the_launches_of_variants(name):
             assert launch.arguments["STEP"] == 32 and launch.registers <= 128 and launch.stack <= 100
 
 
-def test_the_operations_of_pytorch_have_the_signatures_that_a_saved_graph_knows():
-    """As inferred from annotations, in every release from 2.11 on."""
+def test_the_operations_of_pytorch_have_these_signatures():
+    """PyTorch infers them from annotations: a release that reads these otherwise would be seen here."""
     tensors = "Tensor q, Tensor k, Tensor v, "
     assert str(gpu.forward._opoverload._schema) == (
         f"rebased::triton_forward({tensors}Tensor? initial, Tensor table, float[] coefficients, SymInt segment, "
