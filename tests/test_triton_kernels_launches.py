@@ -7,7 +7,7 @@ more shared memory than there is.
 
   python -m pytest -q tests/test_triton_kernels_launches.py              a sample, in seconds
   python -m pytest -q -m slow tests/test_triton_kernels_launches.py      every card, type, D and Dv, with T and states
-                                                                         taking turns: half an hour of a core, by estimate
+                                                                         taking turns: half an hour, by estimate
   ALL_LAUNCHES=1 python -m pytest -q -m slow ...                         with every T and states: two hours, by estimate
 
 With another Triton: pip install --no-deps --target FOLDER triton==3.6.0, and PYTHONPATH=FOLDER before the command.
