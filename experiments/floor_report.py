@@ -404,18 +404,21 @@ def draw_learned(axis, rows):
     axis.set_title("a floor that is learned")
 
 
-def draw_trained_at(axis, rows, length=FAR):
-    """Trained at 8,192: a dot a seed, a bar at the mean."""
+def draw_trained_at(axis, rows, dose, length=FAR):
+    """Tested at 8,192, official queries: a dot a seed. Filled: trained there; open: trained at 128."""
     own = [row for row in rows if row["length"] == length]
     keys = list(dict.fromkeys((row["kernel"], row["floor"]) for row in own))
     for place, key in enumerate(reversed(keys)):
-        values = sorted(column(having(own, kernel=key[0], floor=key[1]), f"{length} official"))
-        heights = [place + 0.25 * (i / max(1, len(values) - 1) - 0.5) for i in range(len(values))]
-        axis.plot(values, heights, "o", color="tab:red" if key[1] else "tab:blue", markersize=4, alpha=0.8)
-        axis.plot([mean(values)] * 2, [place - 0.35, place + 0.35], color="black", linewidth=2)
+        color = "tab:red" if key[1] else "tab:blue"
+        here = having(own, kernel=key[0], floor=key[1])
+        near = having(dose, kernel=key[0], floor=key[1])
+        for lift, chosen, face in ((0.15, here, color), (-0.15, near, "white")):
+            values = column(chosen, f"{length} official")
+            axis.plot(values, [place + lift] * len(values), "o", color=color, markerfacecolor=face, markersize=5)
     axis.set_yticks(range(len(keys)), [title(*key) for key in reversed(keys)])
-    axis.set(xlim=(-0.03, 1.03), xlabel=f"accuracy at {length:,} tokens, official")
-    axis.set_title(f"trained at {length:,} (red: with a floor)")
+    axis.set(xlim=(-0.03, 1.03), ylim=(-0.6, len(keys) - 0.4))
+    axis.set_xlabel(f"accuracy at {length:,} tokens, official queries")
+    axis.set_title(f"filled: trained at {length:,}; open: at 128")
 
 
 def draw(rows, path):
@@ -432,9 +435,9 @@ def draw(rows, path):
     if "learned" in rows:
         draw_learned(panels[2], rows["learned"])
     if "trained-at" in rows:
-        draw_trained_at(panels[3], rows["trained-at"])
+        draw_trained_at(panels[3], rows["trained-at"], rows.get("dose", []))
     for panel in panels:
         panel.set_visible(panel.has_data())
     lesson.save_figure(figure, path, "Four panels: accuracy by length of context, to a million tokens; accuracy by the "
                        "floor in training, as trained and with the floor set to 0; floors that are trained, by step; "
-                       f"accuracy of every seed trained at {FAR:,} tokens. The numbers stand in the tables.")
+                       f"accuracy of every seed at {FAR:,} tokens, trained there and trained at 128.")
