@@ -494,6 +494,8 @@ def total_steps(run, experiment):
 
 def perform_sweep(experiment, path, processes, part, extra):
     """Perform all planned runs of a shard; returns its rows, in the order planned."""
+    if not planned_runs(experiment, experiment.seeds, part):
+        raise lesson.Refusal(f"--shard {part[0]}/{part[1]} has nothing to do: there are fewer cells than shards")
     searched, chosen = [], None
     if experiment.search_seeds:
         search = planned_runs(experiment, experiment.search_seeds, part)

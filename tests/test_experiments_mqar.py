@@ -528,6 +528,27 @@ def test_shards_together_are_the_whole(undisturbed, tmp_path, capsys, in_process
     assert table(capsys.readouterr().out) == table(out)
 
 
+def test_a_checkpoint_whose_run_has_its_row_is_removed(undisturbed, tmp_path, in_process, monkeypatch):
+    """A kill between the row and the end of its checkpoint leaves that behind; the next sweep takes it away."""
+    folder, _ = undisturbed
+    (tmp_path / "rows.jsonl").write_bytes((folder / "rows.jsonl").read_bytes())
+    options = mqar.make_parser().parse_args(TINY)
+    experiment = mqar.make_experiment(options, None)
+    run = next(iter(mqar.finished(tmp_path / "rows.jsonl", experiment, "report")))
+    left = mqar.checkpoint_of(run, experiment, "report", tmp_path / "rows.jsonl")
+    files.save_tensors(left, {"model": {}})
+    monkeypatch.setattr(workers, "run_all", None)
+    mqar.main([*TINY, *where(tmp_path)])
+    assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl"}
+
+
+def test_a_shard_without_a_cell_is_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        mqar.main([*TINY, *where(tmp_path), "--shard", "3/3"])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "error: --shard 3/3 has nothing to do: there are fewer cells than shards\n"
+
+
 def test_the_report_needs_rows_alone(undisturbed, tmp_path, capsys, in_process):
     """The very table, with nothing said but the file's name."""
     folder, out = undisturbed

@@ -31,7 +31,7 @@ pytestmark = [
 ]
 ROOT = Path(__file__).resolve().parents[1]
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
-WAIT = 300  # seconds for anything
+WAIT = 900  # seconds for anything, on a machine that others use
 
 
 def wait_until(condition):
