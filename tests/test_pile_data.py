@@ -2,6 +2,7 @@
 
 import contextlib
 import gzip
+import hashlib
 import json
 import multiprocessing
 import os
@@ -479,6 +480,15 @@ def test_tokens_of_two_bytes_lie_where_their_documents_say(tmp_path):
     for text, (start, length, num_bytes, _) in zip(texts, data.valid_docs.tolist(), strict=True):
         assert data.valid[start : start + length].tolist() == ManyWords().encode(text)[0].tolist()
         assert data.valid[start + length] == 0 and num_bytes == len(text.encode())
+
+
+def test_the_split_is_the_same_in_every_process():
+    """It is the first 16 digits of the document's SHA-256, as a fraction; Python's own hash changes at every start."""
+    for text in make_texts(200):
+        fraction = int(hashlib.sha256(text.encode()).hexdigest()[:16], 16) / 16**16
+        for share in (0.05, 0.5, 0.95):
+            assert tokens.is_validation(text, share) == (fraction < share)
+    assert sum(tokens.is_validation(text, 0.5) for text in make_texts(200)) in range(70, 131)
 
 
 def test_the_smallest_type_that_fits():
