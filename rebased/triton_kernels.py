@@ -147,15 +147,16 @@ def make_table(coefficients, D, device):
             "the first call makes a table"
         )
     c0, c1, c2 = coefficients
+    once = 1 + D * torch.finfo(torch.float32).eps  # 01: so no weight comes out below 0
     columns = []
     if c0:
-        columns.append((-1, -1, math.sqrt(c0)))
+        columns.append((-1, -1, math.sqrt(c0 * once)))
     if c1:
         for a in range(D):
             columns.append((a, -1, math.sqrt(c1 / math.sqrt(D))))
     for a in range(D):
         for b in range(a, D):
-            times = 1 if a == b else 2  # (q·k)² has x_a x_b and x_b x_a, one feature for both
+            times = once if a == b else 2  # (q·k)² has x_a x_b and x_b x_a, one feature for both
             columns.append((a, b, math.sqrt(c2 / D * times)))
     while len(columns) % BLOCK_F.value:
         columns.append((0, 0, 0.0))

@@ -268,10 +268,10 @@ def test_the_page_says_which_rows_were_there_already():
 
 # The command
 def test_a_folder_that_is_no_site_is_left_alone(tmp_path, capsys):
-    (tmp_path / "thesis.txt").write_text("mine")
+    (tmp_path / "thesis.txt").write_text("mine", encoding="utf-8")
     with pytest.raises(lesson.Refusal, match="give another --output"):
         build.main(["--execute", "--output", str(tmp_path)])
-    assert (tmp_path / "thesis.txt").read_text() == "mine"
+    assert (tmp_path / "thesis.txt").read_text(encoding="utf-8") == "mine"
 
 
 def test_what_is_not_installed_is_named_in_one_line():
@@ -321,7 +321,7 @@ def test_other_floors_are_shown_where_there_are_rows(tmp_path):
             if floor:
                 row["cells_without_floor"] = {"8192 uniform": {"accuracy": 0.9, "filler": 0.1}}
             rows.append(json.dumps(row) + "\n")
-    (tmp_path / "floor.jsonl").write_text("".join(rows))
+    (tmp_path / "floor.jsonl").write_text("".join(rows), encoding="utf-8")
     without, half = measured.measured(tmp_path)["doses"]["based"]
     assert (without["floor"], without["seeds"], half["floor"], half["seeds"]) == (0.0, 2, 0.5, 2)
     assert half["cells"]["8192 uniform"] == {"accuracy": 0.5, "accuracy_at_0": 0.9, "filler": 0.25}
