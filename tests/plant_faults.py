@@ -820,7 +820,7 @@ FAULTS += of("rebased/triton_kernels.py", "test_triton_kernels.py", [
     ("only one factor has a gradient of q",
      "            dq_tile = tl.dot((dphi * xa).to(DTYPE), tl.trans(B), dq_tile, input_precision=PRECISION)\n",
      ""),
-    ("the table: a pair counts once", "times = 1 if a == b else 2", "times = 1"),
+    ("the table: a pair counts once", "times = once if a == b else 2", "times = once"),
     ("the final state is the first", "final.copy_(states[:, -1])", "final.copy_(states[:, 0])"),
     ("a gradient of the initial state where none was", "    if not ctx.had_initial:\n        d_initial = None\n",
      ""),
