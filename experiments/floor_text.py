@@ -1,6 +1,6 @@
 """Does the floor matter in text? Four small language models, trained at 512 bytes and tested up to 16,384.
 
-  python -m experiments.floor_text                         4 models × 3 seeds
+  python -m experiments.floor_text                         4 models × 3 seeds: 45 minutes on a shared core
   python -m experiments.floor_text --seeds 0 1 2 3 4 --workers 2
   python -m experiments.floor_text --search 0.004 0.008    the training loss at these rates, on a seed of their own
 
