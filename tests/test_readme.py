@@ -1,12 +1,14 @@
 """README.md and results/README.md: the example runs, links lead somewhere, tables are what their command prints."""
 
+import json
 import re
 import shlex
 from pathlib import Path
+from statistics import mean
 
 import pytest
 
-from experiments import mqar_report
+from experiments import floor, floor_text, mqar_report
 from rebased import kernels, train_mqar
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -59,6 +61,61 @@ def test_a_table_is_what_its_command_prints(block, tmp_path, capsys, monkeypatch
     assert "\n".join(found).strip() == "\n".join(line.rstrip() for line in expected).strip()
 
 
+def test_the_floors_tables_are_what_their_command_prints(tmp_path, capsys, monkeypatch):
+    """From results/floor.jsonl, with today's plan of runs: all rows are there, nothing is trained."""
+    (block,) = [block for block in fenced(RESULTS, "text") if block.startswith("$ python -m experiments.floor ")]
+    command, *expected = block.splitlines()
+    *arguments, _, rows = shlex.split(command)[4:]
+    (tmp_path / "results").mkdir()
+    (tmp_path / rows).write_bytes((ROOT / rows).read_bytes())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(floor.workers, "run_all", None)  # would be called if a run were missing
+    floor.main([*arguments, "--output", rows, "--figure", "figure.png"])
+    found = [line.rstrip() for line in capsys.readouterr().out.splitlines() if not line.startswith("figure: ")]
+    assert "\n".join(found).strip() == "\n".join(line.rstrip() for line in expected).strip()
+
+
+def test_what_is_said_of_the_floor_is_in_its_rows():
+    """The numbers that README.md and 01 take from results/floor.jsonl."""
+    rows = []
+    for line in (ROOT / "results" / "floor.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        if row["part"] == "dose" and row["role"] == "report":
+            rows.append(row)
+
+    def accuracies(chosen, cell, cells="cells"):
+        return [row[cells][cell]["accuracy"] for row in chosen]
+
+    floored = [row for row in rows if row["floor"] >= 0.01]
+    before = accuracies(floored, "8192 uniform")
+    after = accuracies(floored, "8192 uniform", "cells_without_floor")
+    up = sum(new > old for old, new in zip(before, after, strict=True))
+    text = README.replace("\n", " ")
+    assert f"repairs {up} of {len(floored)} models" in text
+    assert f"from {mean(before):.2f} to {mean(after):.2f} on the mean".replace("0.", ".") in text
+    lesson = Path(kernels.__file__).read_text(encoding="utf-8")
+    for kernel, floor_, words in (("rebased", 0.0, "answers {}\n"), ("based", 0.5, "than Based, {},")):
+        own = [row for row in rows if (row["kernel"], row["floor"]) == (kernel, floor_)]
+        far = f"{mean(accuracies(own, '1048576 uniform')):.2f}".replace("0.", ".")
+        assert words.format(far) in lesson
+        assert kernel == "based" or f"at a million tokens ReBased answers {far}" in text
+
+
+def test_the_tables_of_text_are_what_their_command_prints(tmp_path, capsys, monkeypatch):
+    """From results/floor_text.jsonl; nothing is trained."""
+    (block,) = [block for block in fenced(RESULTS, "text") if block.startswith("$ python -m experiments.floor_text ")]
+    command, *expected = block.splitlines()
+    *_, rows = shlex.split(command)
+    (tmp_path / "results").mkdir()
+    (tmp_path / rows).write_bytes((ROOT / rows).read_bytes())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(floor_text.workers, "run_all", None)
+    floor_text.main(["--output", rows, "--figure", "figure.png"])
+    found = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    found = [line for line in found if not line.startswith("figure: ") and " minutes; rows: " not in line]
+    assert "\n".join(found).strip() == "\n".join(line.rstrip() for line in expected).strip()
+
+
 def test_every_file_of_rows_is_described():
     for path in (ROOT / "results").iterdir():
         assert f"`{path.name}`" in RESULTS or path.name == "README.md", path.name
@@ -74,12 +131,11 @@ def test_the_main_table_is_that_of_its_rows(capsys):
     train_mqar.read_tables(lines, lengths)
     assert capsys.readouterr().out.strip() in RESULTS
 
-    def mean(title, length, measure):
-        values = train_mqar.values_of(lines[title], length, "uniform", measure)
-        return sum(values) / len(values)
+    def value_of(title, length, measure):
+        return mean(train_mqar.values_of(lines[title], length, "uniform", measure))
 
     lesson = Path(kernels.__file__).read_text(encoding="utf-8")
-    for value in (f"{mean('Based', 8192, 'filler'):.2f}", f"{mean('Based', 128, 'filler'):.3f}"):
+    for value in (f"{value_of('Based', 8192, 'filler'):.2f}", f"{value_of('Based', 128, 'filler'):.3f}"):
         assert f"{value.removeprefix('0')} " in lesson
-    before, after = (f"{mean(title, 8192, 'accuracy'):.2f}"[1:] for title in ("Based", "Based, floor 0"))
+    before, after = (f"{value_of(title, 8192, 'accuracy'):.2f}"[1:] for title in ("Based", "Based, floor 0"))
     assert f"recall goes from {before} to {after}" in README
