@@ -140,8 +140,8 @@ if __name__ == "__main__":
 # In D dimensions $(q \cdot k)^2 = \sum_a \sum_b q_a q_b\, k_a k_b$ is an inner product of all
 # products $x_a x_b$. The pairs (a, b) and (b, a) give the same number; one of them, times √2, does.
 # That leaves D(D+1)/2 pairs with a ≤ b: 136 at D = 16, instead of 256. (A pair with a = b stands in
-# the sum once. It gets a factor of 1.000002 in float32; a later section, "The price of a weight that
-# can be 0", says what for. Until then read `a_little_over_one` as 1.)
+# the sum once. It gets a factor of 1.000002 in float32; a later section, "The price of a weight
+# that can be 0", says what for. Until then read `a_little_over_one` as 1.)
 #
 # A constant term is a feature that is the same for every vector, and a linear term is D features,
 # the vector itself. So $c_0 + c_1 s + c_2 s^2$ has 1 + D + D(D+1)/2 features, 153 at D = 16.
