@@ -464,7 +464,7 @@ def main(argv=None):
         help="of the reported runs (0 to 9); ladder takes the first five, controls three, predict two")
     add("--workers", type=lesson.positive_integer, default=lesson.usable_cores(), help="processes (%(default)s)")
     add("--output", type=lesson.writable_path, default="runs/floor.jsonl", help="rows (%(default)s)")
-    add("--figure", type=lesson.writable_path, default="runs/floor.png", help="(%(default)s)")
+    add("--figure", type=lesson.figure_path, default="runs/floor.png", help="(%(default)s)")
     options = lesson.parse_arguments(parser, argv)
     for part in options.parts:
         if part not in PARTS:
