@@ -13,7 +13,8 @@ Equations, with s = q·k / √D
   a kernel   sim(q, k) = φ(q)·φ(k)                                                  [1, section 3]
   softmax    sim(q, k) = exp(s)                                                     [3, section 3.2]
   Based      sim(q, k) = 1 + s + s²/2 = (1 + s)²/2 + ½                              [1, section 3.2]
-  ReBased    sim(q, k) = (q'·k' / √D)², q' = γ_q·norm(q) + β_q, k' = γ_k·norm(k) + β_k    [1, 4]
+  ReBased    sim(q, k) = (q'·k' / √D)²                                              [1, section 4]
+             with q' = γ_q·norm(q) + β_q and k' = γ_k·norm(k) + β_k
 
 Letters
   B batch, H heads, T time (tokens), D size of a query or key in one head (16); s the scaled product
@@ -154,7 +155,7 @@ def a_little_over_one(x):
 
 
 def symmetric_products(x):
-    """f(x) with f(q)·f(k) = (q·k)². (..., D) -> (..., D(D+1)/2)."""
+    """f(x) with f(q)·f(k) = (q·k)², but for a little. (..., D) -> (..., D(D+1)/2)."""
     D = x.shape[-1]
     a, b = torch.triu_indices(D, D, device=x.device)  # all pairs a <= b
     once = x.new_full((), a_little_over_one(x))
@@ -220,7 +221,9 @@ class Kernel(nn.Module):
     """What all kernels share. dim is D, the size of one head; `num_features` is P.
 
     floor: a constant that is added to every similarity. It may be set at any time, also on a model
-    that is trained. Raises ValueError for impossible sizes and for a floor below 0.
+    that is trained. It is no parameter: a `state_dict` does not hold it, so set it again after
+    loading. And a state (02) belongs to the floor that it was made with. Raises ValueError for
+    impossible sizes and for a floor below 0.
 
     A subclass defines `coefficients`, or `features` with `add_floor` at their end.
     """
@@ -630,10 +633,11 @@ if __name__ == "__main__":
 #
 # The integral above is its mean over n from 0 to T. So a share that is measured at one length tells
 # a, and a tells the share at every other length. And only the *ratio* of floor and W counts.
-# Multiply every query by c: the weights of a square become c² times as large, all of them, and in
-# the share c² cancels. A square without a floor is *scale-free*. A floor is not multiplied, so the
-# same c makes it c² times smaller, relative to W. That is the one way out that training has: larger
-# queries and keys. It takes it as far as its own length needs, and no further.
+# Multiply every query by c: the weights s² become c² times as large, all of them, and in the share
+# c² cancels. (Those of (1 + s)² do nearly so where s is large.) A square without a floor is
+# *scale-free*. A floor is not multiplied, so the same c makes it c² times smaller, relative to W.
+# That is the way out that training has: larger queries and keys. It takes it as far as its own
+# length needs, and no further.
 #
 # And a weight that *can* be 0 promises less than it seems. No training puts every irrelevant key
 # exactly on the zero. Of the queries in a million tokens a ReBased trained at 128 answers .14

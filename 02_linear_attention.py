@@ -164,8 +164,8 @@ def recurrent_step(q, k, v, kernel, state=None):
 # ## 4. Chunked: quadratic where that is cheap, a state for the rest
 #
 # The quadratic form wastes nothing on short sequences: a small matrix product is what processors do
-# best. The recurrence does no more work for a token late in a long one. So cut time into chunks of
-# C tokens:
+# best. The work of the recurrence, for one token, does not grow with what stands before it. So cut
+# time into chunks of C tokens:
 #
 # ```
 #                 keys j
@@ -403,8 +403,9 @@ if __name__ == "__main__":
 #           = \frac{do_i \cdot (v_j - o_i)}{\mathrm{den}_i}$$
 #
 # The second way of writing it says why δ must be there: o_i is a *mean* of values, and to give a
-# value more weight moves the mean only as far as the value differs from it. Here is dq of the
-# kernel s² by hand, with δ and without.
+# value more weight moves the mean only as far as the value differs from it. dq and dk need δ, for
+# they act through the weights; dv does not. Here is dq of the kernel s² by hand, with δ and
+# without.
 
 # %%
 def gradient_of_q(q, k, v, do, with_delta):

@@ -437,9 +437,9 @@ if __name__ == "__main__":
 # ## What they say
 #
 # Each model continues a prompt, drawing one token after the other. A temperature of 0.7 makes the
-# likely likelier. After half a million bytes one should expect spelling, not sense.
-# (`experiments/pile_sample.py` continues your own prompt from a checkpoint, and keeps the state of
-# a document that was read once.)
+# likely likelier. After half a million of the 6 million training bytes one should expect spelling,
+# not sense. (`experiments/pile_sample.py` continues your own prompt from a checkpoint, and keeps
+# the state of a document that was read once.)
 
 # %%
 def sample(model, vocabulary, prompt, length=160, temperature=0.7):
