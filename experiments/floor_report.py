@@ -252,6 +252,8 @@ CONTROLS = {
     "no decay of γ": {"decay_gamma": False},
     "other kernels": {},
 }
+RUN = ("kernel", "floor", "seed", "learning_rate", "length", "d_model", "heads", "random_filler", "decay_gamma",
+       "written_out")  # what tells runs apart
 USUAL = {"random_filler": False, "heads": 1, "d_model": 64, "decay_gamma": True}
 
 
@@ -332,8 +334,10 @@ def report(rows, searched):
         print_ladder(rows["ladder"])
     for own in searched.values():
         print_search(own)
-    every = [row for own in (*rows.values(), *searched.values()) for row in own]
-    print(f"\n{len(every)} runs, {sum(row['seconds'] for row in every) / 60:.0f} minutes of one core")
+    every = {}
+    for own in (*rows.values(), *searched.values()):  # a run may belong to two parts
+        every |= {tuple(row[name] for name in RUN): row for row in own}
+    print(f"\n{len(every)} runs, {sum(row['seconds'] for row in every.values()) / 60:.0f} minutes of one core")
 
 
 # The figure
