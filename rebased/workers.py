@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 
@@ -85,7 +86,8 @@ def run_all(work, runs, steps_of, workers, keep):
         pool.shutdown(wait=False, cancel_futures=True)
         for process in multiprocessing.active_children():
             process.terminate()
-            process.join()
+        while multiprocessing.active_children():  # join is not enough: the pool's thread may be the one that reaps them
+            time.sleep(0.01)
         if isinstance(stop, BrokenProcessPool):
             raise lesson.Refusal(
                 "a worker died (out of memory?); what is finished is kept and the same command goes on; try --workers 1"
