@@ -204,10 +204,9 @@ class Run:
 # %% [markdown]
 # All examples of a run are drawn in one go, and each is used once: every batch is new to the model.
 # Runs of one seed see the same examples in the same order, whatever their attention, so that they
-# can be compared in pairs.
-# Runs of other seeds see other examples, and none sees those of the tests: a run draws from its own
-# seed, below 2³¹, the tests from 2³¹, and PyTorch's generator starts in another state for each
-# seed.
+# can be compared in pairs. Runs of other seeds see other examples, and none sees those of the
+# tests: a run draws from its own seed, below 2³¹, the tests from 2³¹, and PyTorch's generator
+# starts in another state for each seed.
 #
 # The learning rate rises over the warm-up and falls to 0 along half a cosine. The optimiser is
 # AdamW with weight decay 0.1 on all parameters, γ and β among them. The loss looks at the K queries
