@@ -85,12 +85,8 @@ def draw_distinct(rates, rows, count, generator):
     return drawn
 
 
-def make_mqar(num_examples, seq_len, num_pairs, vocab_size, power_a=0.01, seed=0):
-    """Recall examples -> inputs, labels (n, T) int64. [2]
-
-    Keys are 1 .. V/2 − 1, values V/2 .. V − 1. With another seq_len or power_a the same pairs meet
-    other contexts. Raises ValueError for what cannot be.
-    """
+def draw_examples(num_examples, seq_len, num_pairs, vocab_size, power_a=0.01, seed=0):
+    """keys, values and the places where the keys come back, (n, K) each. As for `make_mqar`."""
     check_recall_task(num_examples, seq_len, num_pairs, vocab_size, power_a, seed)
     generator = torch.Generator().manual_seed(seed)
     half = vocab_size // 2
@@ -102,7 +98,19 @@ def make_mqar(num_examples, seq_len, num_pairs, vocab_size, power_a=0.01, seed=0
     slots = torch.arange(1, (seq_len - end) // 2 + 1, dtype=torch.float64)
     drawn = draw_distinct(slots ** (power_a - 1), num_examples, num_pairs, generator)  # s − 1
     places = end + 2 * drawn  # (n, K): where each key comes back
+    return keys, values, places
 
+
+def make_mqar(num_examples, seq_len, num_pairs, vocab_size, power_a=0.01, seed=0):
+    """Recall examples -> inputs, labels (n, T) int64. [2]
+
+    Keys are 1 .. V/2 − 1, values V/2 .. V − 1. With another seq_len or power_a the same pairs meet
+    other contexts. Raises ValueError for what cannot be.
+    """
+    keys, values, places = draw_examples(
+        num_examples, seq_len, num_pairs, vocab_size, power_a, seed
+    )
+    end = 2 * num_pairs
     inputs = torch.zeros(num_examples, seq_len, dtype=torch.int64)
     inputs[:, 0:end:2] = keys
     inputs[:, 1:end:2] = values

@@ -33,7 +33,6 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from experiments import floor_report
 from rebased import EPS, few_places, files, kernels, lesson, model, train_mqar, workers
-from rebased.checks import check_recall_task
 
 PAIRS = 16
 VOCAB_SIZE = 256
@@ -130,7 +129,7 @@ def written_out(inputs, labels):
 
 def short_contexts(n, length, power_a, seed):
     """The examples `make_mqar(n, length, PAIRS, VOCAB_SIZE, power_a, seed)`, 6K tokens each."""
-    keys, values, places = draw_examples(n, length, power_a, seed)
+    keys, values, places = train_mqar.draw_examples(n, length, PAIRS, VOCAB_SIZE, power_a, seed)
     places, order = places.sort(1)  # (n, K), from left to right
     end = 2 * PAIRS
     before = torch.cat([torch.full((n, 1), end - 1), places[:, :-1]], dim=1)
@@ -145,18 +144,6 @@ def short_contexts(n, length, power_a, seed):
     counts = torch.ones(n, 6 * PAIRS)
     counts.scatter_(1, positions - 1, (gaps - 2).clamp(min=1).float())  # the token before a query
     return Contexts(tokens, counts, positions, values.gather(1, order))
-
-
-def draw_examples(n, length, power_a, seed):
-    """keys, values and places of the queries, (n, K) each: what `make_mqar` draws, in its order."""
-    check_recall_task(n, length, PAIRS, VOCAB_SIZE, power_a, seed)
-    generator = torch.Generator().manual_seed(seed)
-    half = VOCAB_SIZE // 2
-    keys = 1 + train_mqar.draw_distinct(torch.ones(half - 1), n, PAIRS, generator)
-    values = half + train_mqar.draw_distinct(torch.ones(half), n, PAIRS, generator)
-    slots = torch.arange(1, (length - 2 * PAIRS) // 2 + 1, dtype=torch.float64)
-    drawn = train_mqar.draw_distinct(slots ** (power_a - 1), n, PAIRS, generator)
-    return keys, values, 2 * PAIRS + 2 * drawn
 
 
 def with_random_filler(contexts, seed):
