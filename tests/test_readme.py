@@ -61,17 +61,20 @@ def test_a_table_is_what_its_command_prints(block, tmp_path, capsys, monkeypatch
     assert "\n".join(found).strip() == "\n".join(line.rstrip() for line in expected).strip()
 
 
-def test_the_floors_tables_are_what_their_command_prints(tmp_path, capsys, monkeypatch):
-    """From results/floor.jsonl, with today's plan of runs: all rows are there, nothing is trained."""
-    (block,) = [block for block in fenced(RESULTS, "text") if block.startswith("$ python -m experiments.floor ")]
+@pytest.mark.parametrize("experiment", [floor, floor_text], ids=lambda module: module.__name__)
+def test_a_plans_tables_are_what_its_command_prints(experiment, tmp_path, capsys, monkeypatch):
+    """From the committed rows, with today's plan of runs: all rows are there, nothing is trained."""
+    begin = f"$ python -m {experiment.__name__} "
+    (block,) = [block for block in fenced(RESULTS, "text") if block.startswith(begin)]
     command, *expected = block.splitlines()
-    *arguments, _, rows = shlex.split(command)[4:]
+    *arguments, rows = shlex.split(command)[4:]
     (tmp_path / "results").mkdir()
     (tmp_path / rows).write_bytes((ROOT / rows).read_bytes())
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(floor.workers, "run_all", None)  # would be called if a run were missing
-    floor.main([*arguments, "--output", rows, "--figure", "figure.png"])
-    found = [line.rstrip() for line in capsys.readouterr().out.splitlines() if not line.startswith("figure: ")]
+    monkeypatch.setattr(experiment.workers, "run_all", None)  # would be called if a run were missing
+    experiment.main([*arguments, rows, "--figure", "figure.png"])
+    found = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    found = [line for line in found if not line.startswith("figure: ") and " minutes; rows: " not in line]
     assert "\n".join(found).strip() == "\n".join(line.rstrip() for line in expected).strip()
 
 
@@ -99,21 +102,6 @@ def test_what_is_said_of_the_floor_is_in_its_rows():
         far = f"{mean(accuracies(own, '1048576 uniform')):.2f}".replace("0.", ".")
         assert words.format(far) in lesson
         assert kernel == "based" or f"at a million tokens ReBased answers {far}" in text
-
-
-def test_the_tables_of_text_are_what_their_command_prints(tmp_path, capsys, monkeypatch):
-    """From results/floor_text.jsonl; nothing is trained."""
-    (block,) = [block for block in fenced(RESULTS, "text") if block.startswith("$ python -m experiments.floor_text ")]
-    command, *expected = block.splitlines()
-    *_, rows = shlex.split(command)
-    (tmp_path / "results").mkdir()
-    (tmp_path / rows).write_bytes((ROOT / rows).read_bytes())
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(floor_text.workers, "run_all", None)
-    floor_text.main(["--output", rows, "--figure", "figure.png"])
-    found = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
-    found = [line for line in found if not line.startswith("figure: ") and " minutes; rows: " not in line]
-    assert "\n".join(found).strip() == "\n".join(line.rstrip() for line in expected).strip()
 
 
 def test_every_file_of_rows_is_described():
