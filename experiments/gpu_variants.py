@@ -77,7 +77,10 @@ HALF_STATES = [
     (
         """    if slots == 0:
         return
-    states[:, 0] = 0 if edge is None else edge
+    if edge is None:
+        states[:, 0] = 0
+    else:
+        states[:, 0] = edge
     if slots == 1:
         return
     P_PAD = table.shape[1]
@@ -87,7 +90,10 @@ HALF_STATES = [
     states = x.new_empty(N, slots, P_PAD * (y.shape[2] + 1), dtype=torch.float32)
     if slots == 0:
         return states
-    states[:, 0] = 0 if edge is None else edge
+    if edge is None:
+        states[:, 0] = 0
+    else:
+        states[:, 0] = edge
 """,
     ),
     (
@@ -102,17 +108,17 @@ HALF_STATES = [
 """,
     ),
     (
-        "    scan_kernel[grid](states, slots, STATE=numbers, ROWS=ROWS, COLUMNS=COLUMNS)\n",
-        "    sizes = {'STATE': numbers, 'S_SIZE': P_PAD * y.shape[2]}\n"
+        "    scan_kernel[grid](states, slots, STATE=STATE, ROWS=ROWS, COLUMNS=COLUMNS)\n",
+        "    sizes = {'STATE': STATE, 'S_SIZE': P_PAD * y.shape[2]}\n"
         "    scan_kernel[grid](states, rounded, slots, **sizes, ROWS=ROWS, COLUMNS=COLUMNS)\n"
         "    return states\n",
     ),
     ("        launch_states(\n", "        sums = launch_states(\n"),
     ("final.copy_(states[:, -1])", "final.copy_(sums[:, -1])"),
-    ("d_initial.copy_(R[:, -1])", "d_initial.copy_(sums[:, -1])"),
+    ("d_initial.copy_(mirror[:, -1])", "d_initial.copy_(sums[:, -1])"),
     (
-        "    states = q.new_empty(N, slots, numbers, dtype=torch.float32)\n",
-        "    states = q.new_empty(N, slots, numbers + table.shape[1], dtype=torch.bfloat16)\n",
+        "    states = q.new_empty(N, slots, STATE, dtype=torch.float32)\n",
+        "    states = q.new_empty(N, slots, STATE + table.shape[1], dtype=torch.bfloat16)\n",
     ),
 ]
 

@@ -5,11 +5,12 @@ from top to bottom. Beside each kernel stands the same computation in a few line
 the tests hold the two equal. 01 and 02 are 01_kernels.py, where the features come from, and
 02_linear_attention.py, whose chunked form takes four steps with each chunk: its own keys, the state
 of the past, one division, and the chunk joins the state. Sections 3 and 4 here are these steps.
+"Kernel" means a Triton kernel here; the kernel function of 01 is called the similarity.
 
 Equations, with s = q·k/√D and sim = c0 + c1·s + c2·s² = u² + floor, where u = scale·(q·k) + shift,
              scale = √(c2/D),  shift = c1/(2√c2),  floor = c0 − c1²/(4·c2),  and with ε = 1e-12
   forward    w_ij = u_ij² + floor,  den_i = Σ_{j≤i} w_ij + ε,  o_i = Σ_{j≤i} w_ij v_j / den_i
-  backward   with dx for ∂loss/∂x, so do for the gradient of o, which is given:
+  backward   with dx for ∂loss/∂x, so do for the gradient of o, which is given; from o = num/den
              δ_i = do_i·o_i,  dw_ij = (do_i·v_j − δ_i)/den_i,  du_ij = 2 u_ij dw_ij
              dq_i = scale Σ_{j≤i} du_ij k_j,  dk_j = scale Σ_{i≥j} du_ij q_i
              dv_j = Σ_{i≥j} w_ij do_i/den_i
@@ -17,7 +18,8 @@ In segments, these sums go over tokens of the same segment only. All others come
   forward    S = Σ φ(k_j) v_jᵀ and z = Σ φ(k_j) of all earlier segments
              add φ(q_i)ᵀS to Σ w_ij v_j, and φ(q_i)ᵀz to den_i
   backward   earlier segments give dφ(q_i) = (S do_i − δ_i z)/den_i
-             R = Σ φ(q_i) do_iᵀ/den_i and r = −Σ φ(q_i) δ_i/den_i of all later segments
+             R = Σ φ(q_i) do_iᵀ/den_i and r = −Σ φ(q_i) δ_i/den_i of all later segments,
+             the gradients of S and z,
              give dφ(k_j) = R v_j + r, and add Rᵀφ(k_j) to dv_j
              section 2 turns dφ(q) and dφ(k) into what they add to dq and dk
 
@@ -25,11 +27,13 @@ Letters
   N = B·H heads, T tokens, M tokens of a segment, D columns of q and k, DV of v. P features, P_PAD
   with padding, of which F = BLOCK_F are made at a time. STATE = P_PAD·(DV + 1): the numbers of a
   state, S and z.
-  q_i, k_j, v_j, o_i are rows; i counts queries, j keys, t tokens that may be either; f counts
-  features, d columns of q and k, e columns of v. In section 2, a and b are the d's of a feature.
+  q_i, k_j, v_j, o_i and φ are columns in the equations above, and rows of tensors in the code.
+  i counts queries, j keys, t tokens that may be either; f counts features, d columns of q and k,
+  e columns of v. In section 2, a and b are the d's of a feature.
   A step of a loop begins at `past` if the loop walks over earlier keys, at `later` if it walks over
   later queries.
-  Tensors in memory are (N, T, size). On chip, shapes stand in brackets: [TILE, DV].
+  Tensors in memory are (N, T, size). On chip, shapes stand in brackets: [TILE, DV]. There D and DV
+  are padded to BLOCK_D and BLOCK_DV.
 
 References
   [1] Katharopoulos et al., Transformers are RNNs, arXiv 2006.16236: features, S and z (sections
@@ -44,10 +48,11 @@ import math
 import os
 
 import torch
-from torch.fx.experimental.symbolic_shapes import guard_scalar
+from torch.fx.experimental.symbolic_shapes import guard_scalar  # for torch.compile, see section 9
 
 from rebased import EPS
-from rebased.chunked_cpu import complete_square, count_features  # -> scale, shift, floor; -> P
+from rebased.chunked_cpu import complete_square  # -> scale, shift, floor, and True: u is squared
+from rebased.chunked_cpu import count_features  # -> P
 
 MISSING = (
     "rebased.triton_kernels needs Triton (Linux: pip install triton==3.7.1); "
@@ -72,12 +77,12 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 #
 #     segments before      keys of this segment of 512, STEP = 64 at a time ->
 #     ..-----------------+------+------+
-#                        | \  0 |   0  |  64 queries    program 0 owns
-#       one product      |   \  |      |                TILE = 128 queries,
-#       with the         +------+------+                two rows of cells
-#       state:           |      | \  0 |  64 queries
-#       [TILE, P_PAD]    |      |   \  |
-#       x [P_PAD, DV]    +------+------+------+------+
+#       the state,       | \  0 |   0  |  64 queries    program 0 owns
+#       F features       |   \  |      |                TILE = 128 queries,
+#       at a time:       +------+------+                two rows of cells
+#       [TILE, F]        |      | \  0 |  64 queries
+#       x [F, DV],       |      |   \  |
+#       P_PAD/F times    +------+------+------+------+
 #                        |      |      | \  0 |   0  |  64 queries    program 1
 #                        |      |      |   \  |      |
 #                        +------+------+------+------+
@@ -89,35 +94,41 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # meet the diagonal (\) and need a mask, which writes the 0. A step multiplies all 128 rows, so in
 # the last one the upper 64 are computed and thrown away.
 #
-# Why 512: states are then 325 of the 937 bytes that a token moves in the forward pass
-# (experiments/benchmark_gpu.py counts them). 1,024 would halve these and nearly double the work in
-# tiles. On Hopper four warps, a *warpgroup*, multiply 64 rows together. A tile of 128 rows is two
-# of them, and it reads the state once. Its program has 8 warps, 256 threads of at most 255
-# registers. Weights [TILE, STEP] = [128, 64] take 32 registers of each thread, and features
-# [TILE, BLOCK_F] = [128, 32] take 16; with 64 features at a time the compiled code was no better.
+# Why 512? A state every 512 tokens is 81 bytes a token, and they are moved four times: written,
+# read and written by the scan, and read (by one program from memory; the other three of a segment
+# should find it in the cache). With 612 bytes of inputs and outputs, q, k, v and o 320, k and v
+# once more for the states 160, rounding_error 128 and 1/den 4, that makes 937 bytes a token in the
+# forward pass (experiments/benchmark_gpu.py counts them). With 256 tokens, states would be half of
+# all bytes; 1,024 would halve theirs and nearly double the work in tiles.
+#
+# Why 128 and 64? On Hopper four warps, a *warpgroup*, multiply 64 rows together. A tile of 128 rows
+# is two of them, and both use what was loaded of a state. Its program has 8 warps, 256 threads of
+# at most 255 registers. Weights [TILE, STEP] = [128, 64] take 32 registers of each thread, and
+# features [TILE, BLOCK_F] = [128, 32] take 16; 64 features at a time gave no better compiled code.
+#
+# A kernel may read a global only if it is a tl.constexpr; outside of kernels, .value is its number.
 SEGMENT = 512  # tokens between two states
 TILE = 128  # queries (or keys) that a program owns
 STEP = 64  # keys (or queries) that it meets at a time
 BLOCK_F = tl.constexpr(32)  # features at a time
-EPS_ON_CHIP = tl.constexpr(EPS)  # a kernel may read a global only if it is a tl.constexpr
+EPS_ON_CHIP = tl.constexpr(EPS)
 
 
 # What the compiler must know, the tl.constexpr arguments of the kernels (`compiler_arguments` in
-# section 7 sets all but REVERSE):
+# section 7 sets all but REVERSE, and those of the scan):
 #   D, DV                 columns of q and k, and of v
 #   P_PAD                 features, padded to a multiple of BLOCK_F
 #   BLOCK_D, BLOCK_DV     D and DV as tl.dot wants them, powers of two from 16 on; loads fill with 0
 #   SEGMENT, TILE, STEP   as above by default: the caller may choose another SEGMENT, and section 7
 #                         halves TILE and STEP where factors have four bytes
 #   DTYPE                 of the two factors of every tl.dot; sums are always float32
-#   PRECISION             how tl.dot multiplies float32 factors: "ieee" exactly, "tf32" with 10 bits
-#                         on the tensor cores
+#   PRECISION             how tl.dot multiplies float32 factors: "ieee" with all their digits and
+#                         without tensor cores, "tf32" with 10 bits and on them
 #   ONES                  whether some feature needs a factor 1, see section 2
 #   REVERSE               whether sums run from the end, for the backward pass, see section 3
 #
 # In the kernels, a name that ends in _tile holds rows that were loaded, or are to be stored. The
-# shape behind a line is that on chip, where D is BLOCK_D and DV is BLOCK_DV. tl.dot(a, b, c) is
-# a @ b + c.
+# shape behind a line is that on chip. tl.dot(a, b, c) is a @ b + c.
 
 
 # 2. φ as a table
@@ -133,10 +144,11 @@ EPS_ON_CHIP = tl.constexpr(EPS)  # a kernel may read a global only if it is a tl
 #
 #     φ(x) = [1, 0.84 x₀, 0.84 x₁, 0.5 x₀x₀, 0.71 x₀x₁, 0.5 x₁x₁]
 #
-# So one kernel serves every polynomial of degree two and every D; only the table differs. All three
-# rows are float32: indices that small are exact, and one tensor needs one type.
+# So one kernel serves every polynomial of degree two and every D: a similarity is a table and the
+# three numbers scale, shift and floor. All three rows are float32: indices that small are exact,
+# and one tensor needs one type.
 #
-# Tables are kept for good, a few KB for each kernel. A cache that dropped the oldest would free
+# Tables are kept for good, a few KB for each similarity. A cache that dropped the oldest would free
 # memory that a CUDA graph may still read.
 @functools.cache
 def make_table(coefficients, D, device):
@@ -190,17 +202,20 @@ def features_reference(x, table):
 
 # A GPU cannot index registers: x[a_f] would be a trip to memory. A product can: with the one-hot
 # matrix A, whose column f has its 1 in row a_f, x @ A puts x[a_f] into column f. That is exact, for
-# all other terms of its sum are 0; bfloat16 and float16 are multiplied on the tensor cores, float32
-# without them. The same matrices, transposed, carry the gradient back, since
-# d(root x_a x_b) = root x_b dx_a + root x_a dx_b. With ⊙ for products element by element:
+# all other terms of its sum are 0, and x has no more digits than the product takes (section 7 says
+# which). The same matrices, transposed, carry the gradient back, since
+# d(root x_a x_b) = root x_b dx_a + root x_a dx_b. With rows x, ⊙ for products element by element,
+# and a 1 added to x A or x B wherever the index is −1:
 #
 #     φ(x) = root ⊙ (x A) ⊙ (x B)
 #     dx   = (dφ ⊙ root ⊙ (x B)) Aᵀ + (dφ ⊙ root ⊙ (x A)) Bᵀ
 #
-# For the a of the table above, with the constexpr ONES for what a one-hot column cannot give:
+# For the a of the table above:
 #
-#     A = 0  1  0  1  1  0          x A = [0, x₀, x₁, x₀, x₀, x₁], and ONES adds 1 where a is −1
+#     A = 0  1  0  1  1  0          x A = [0, x₀, x₁, x₀, x₀, x₁], and the first 0 becomes a 1
 #         0  0  1  0  0  1
+#
+# The constexpr ONES says whether any index is −1; without one, nothing need be added.
 @triton.jit
 def factors(
     x, table, f,
@@ -254,11 +269,12 @@ def features_backward_reference(x, dphi, table):
 #               [init]  [init+Σ₀]  [init+Σ₀+Σ₁]     ...      [init+Σ₀+...+Σ₃]
 #     read by   segment 0    segment 1   segment 2   segment 3    (the final state)
 #
-# The shift of 02 is in the numbering: segment s writes slot s + 1. So after an *inclusive* scan
-# slot s is what came before segment s, and nothing is ever subtracted. The last slot is made only
-# if the final state is asked for. One segment without a state at either end has no slots at all, and
-# what is left is the quadratic form; the same kernels serve it, their `if segment >= first` is then
-# false.
+# A segment needs the sum of what came *before* it. 02 warns of cumsum(x) − x and moves the sums by
+# one place instead; here that is in the numbering: segment s writes slot s + 1. So after an
+# *inclusive* scan slot s is what came before segment s, and nothing is ever subtracted. The last
+# slot is made only if the final state is asked for. One segment without a state at either end has
+# no slots at all, and what is left is the quadratic form; the same kernels serve it, their
+# `if segment >= first` is then false, and the empty tensor of states is never read.
 #
 # The backward pass needs the same sums the other way around, over the queries *after* a segment.
 # REVERSE is the mirror image: x, y are q, do instead of k, v; segments are counted from the end:
@@ -280,7 +296,9 @@ def count_slots(T, segment, edge, keep):
     """
     segments = -(-T // segment)
     slots = segments + keep
-    return slots if slots > 1 or edge else 0
+    if slots == 1 and not edge:
+        return 0  # slot 0 alone, and nothing in it
+    return slots
 
 
 @triton.jit
@@ -295,7 +313,8 @@ def state_kernel(
     inv_den and delta are read only if REVERSE.
     """
     # Only the first axis of a grid may exceed 65,535, so block, segment and head share it. A head
-    # may start beyond 2³¹ numbers: its offset has 64 bits. `turn` counts segments as slots do.
+    # may start beyond 2³¹ numbers: its offset has 64 bits. `turn` is the slot less 1: the segment,
+    # or in the mirror the segment counted from the end. (With no slot but 0 nothing is launched.)
     blocks = P_PAD // BLOCK_F
     block = tl.program_id(0) % blocks
     turn = tl.program_id(0) // blocks % (slots - 1)
@@ -312,8 +331,10 @@ def state_kernel(
     e = tl.arange(0, BLOCK_DV)[None, :]
     f = block * BLOCK_F + tl.arange(0, BLOCK_F)
 
-    # S is summed transposed, with DV = 64 rows: Hopper's warpgroups multiply 64 rows at a time, and
-    # F is only 32. z is summed row by row, [STEP, F]; the STEP rows are added once, at the end.
+    # S is summed transposed, with BLOCK_DV rows, 64 in the paper's models: Hopper's warpgroups
+    # multiply 64 rows at a time, and F is only 32. z is what the column behind y would give to S,
+    # but a product with one column is no task for tl.dot: it is summed row by row, [STEP, F], and
+    # the STEP rows are added once, at the end.
     S_transposed = tl.zeros((BLOCK_DV, BLOCK_F), tl.float32)
     z = tl.zeros((STEP, BLOCK_F), tl.float32)
     for start in range(segment * SEGMENT, min(segment * SEGMENT + SEGMENT, T), STEP):
@@ -350,14 +371,15 @@ def state_reference(x, y, column, table):
 
 
 # The scan. A program carries COLUMNS numbers of a head's state through all its slots, ROWS slots at
-# a time: tl.cumsum inside those, a running total from one set to the next. Its 128 threads carry
-# two numbers each. A state is then spread over 41 programs, so that few heads should do to fill a
-# card; and sixteen loads of a thread are under way at once.
+# a time: tl.cumsum inside those, a running total from one set to the next. A state is then spread
+# over 41 programs, so that few heads should do to fill a card. As Triton lays it out for an H100,
+# each of its 128 threads holds four columns of eight rows: eight loads of 16 bytes under way at
+# once.
 #
 # No atomics here or elsewhere: an atomic addition takes its terms in the order in which programs
-# happen to end, and a float32 sum depends on the order. Without them two runs give the same bits.
-# Hence two kernels backward, one that owns queries and one that owns keys, not one that adds into
-# dq.
+# happen to end, and a float32 sum depends on the order. Without them, and with sizes that are never
+# tuned while running, two runs give the same bits. Hence two kernels of tiles backward, one that
+# owns queries and one that owns keys, not one that adds into dq.
 COLUMNS = 256
 ROWS = 16
 
@@ -398,15 +420,18 @@ def scan_reference(states):
 # to three digits: the difference would be noise, and 1/den would make it large. So this kernel
 # stores o for the model, and `rounding_error`, what rounding took from o, for the backward pass:
 # their sum is o to five digits. (With values that differ in their last bit only, dq is off by a
-# factor of 9 without it and by 2 % with it.) It costs a tenth of all bytes; to sum δ anew from all
-# weights would take as long as dq. In float32 it is all 0, and stored nevertheless: one kernel less
-# to compile.
+# factor of 9 without it and by 2 % with it.) It costs a tenth of the bytes that both passes move;
+# to sum δ anew from all weights would take as long as dq. In float32 it is all 0, and stored
+# nevertheless: one case less to write and to test.
 #
 # Earlier segments have the same difference, S do − δ z, and there S is rounded to DTYPE while z is
-# not, as R in R v + r. These rows have more than a segment of keys and no tiny den: in bfloat16 the
-# rounded S alone moves dq by 1e-3 to 2e-3, of the 5e-3 that its error is, and R moves dk by less.
-# But it is a limit: if all values of a long sequence agree up to the last bit of bfloat16, what
-# comes to dq through states is noise, and dk is off by 5 %.
+# not; likewise R, but not r, in R v + r. After a segment or more, no den is tiny any longer: in
+# bfloat16 the rounded S alone moves dq by 1e-3 to 2e-3, of the 5e-3 that its error is, and R moves
+# dk by less. But it is a limit, in bfloat16. If all values of a long sequence agree up to the last
+# bit, what comes to dq through states is noise, and dk is off by 5 %. And behind an *initial* state
+# of one or two tokens there are few keys, too: most rows of dq still err by 2e-3, but where den is
+# tiny they are noise, and those rows are large. (Emulated on random inputs; behind eight tokens
+# nothing of it is left.) Hand in such a beginning as tokens, or in float32.
 @triton.jit
 def output_kernel(
     q, k, v, o, rounding_error, inv_den, table, states, scale, shift, floor, T, slots, first,
@@ -435,10 +460,11 @@ def output_kernel(
     q_tile = tl.load(q + i * D + d, mask=(i < T) & (d < D), other=0.0).to(DTYPE)
     ones = tl.full((STEP, 16), 1.0, DTYPE)
     num = tl.zeros((TILE, BLOCK_DV), tl.float32)
-    den = tl.zeros((TILE, 16), tl.float32)
+    den_16_times = tl.zeros((TILE, 16), tl.float32)
 
     # Step 1. Inside the segment: the quadratic form. SEGMENT is a multiple of TILE, and TILE of
-    # STEP: a tile lies in one segment, and a step is either before the tile or inside it.
+    # STEP: a tile lies in one segment, and a step is either before the tile or inside it. (In the
+    # last tile of a sequence a step may lie beyond T; its loads give 0.)
     for past in range(segment * SEGMENT, start + TILE, STEP):
         j = past + tl.arange(0, STEP)
         rows = j[:, None]  # [STEP, 1]
@@ -453,8 +479,9 @@ def output_kernel(
             w = tl.where(i >= j[None, :], w, 0.0)
         w = w.to(DTYPE)
         num = tl.dot(w, v_tile, num, input_precision=PRECISION)
-        den = tl.dot(w, ones, den, input_precision=PRECISION)
-    den = tl.max(den, 1, keep_dims=True)  # [TILE, 1]: the 16 columns are equal, any would do
+        den_16_times = tl.dot(w, ones, den_16_times, input_precision=PRECISION)
+    # One of the 16 equal columns; registers cannot be indexed, but their maximum can be taken.
+    den = tl.max(den_16_times, 1, keep_dims=True)  # [TILE, 1]
 
     # Step 2. All segments before: the state, read by φ(q), BLOCK_F features at a time.
     if segment >= first:
@@ -486,7 +513,7 @@ def output_reference(q, k, v, state, table, coefficients):
     scale, shift, floor, _ = complete_square(coefficients, q.shape[-1])
     u = scale * q @ k.mT + shift  # (N, M, M)
     w = (u.square() + floor).tril()
-    past = features_reference(q, table) @ state  # (N, M, DV + 1): of num, the last column of den
+    past = features_reference(q, table) @ state  # (N, M, DV + 1): for num; the last column for den
     inv_den = 1 / (w.sum(-1, keepdim=True) + past[..., -1:] + EPS)
     return (w @ v + past[..., :-1]) * inv_den, inv_den
 
@@ -494,10 +521,11 @@ def output_reference(q, k, v, state, table, coefficients):
 # 5. Backward, the queries
 #
 # The same walk as in the output: the keys before a query, then the state. 1/den is the same for
-# every term of a query, so it comes last. 2·scale is the same for every term inside the segment and
-# comes before the state, whose features have scale in their roots. δ is stored on the way: the
-# kernels of the next section read it. (floor has no gradient; it is there because all three kernels
-# of tiles are launched alike.)
+# every term of a query, so the sum is multiplied by it once, at the end: until then names end in
+# _den, for "times den". 2·scale is the same for every term inside the segment; the sum is
+# multiplied by it before what comes from the state is added, where the roots of the features do
+# its work. δ is stored on the way: the kernels of the next section read it. (floor has no gradient;
+# it is there because all three kernels of tiles are launched alike.)
 @triton.jit
 def query_kernel(
     q, k, v, do, o, rounding_error, dq, inv_den, delta, table, states,
@@ -528,13 +556,13 @@ def query_kernel(
     q_tile = tl.load(q + i * D + d, mask=(i < T) & (d < D), other=0.0).to(DTYPE)
     do_tile = tl.load(do + i * DV + e, mask=row_mask, other=0.0).to(DTYPE)
 
-    # δ_i = do_i·o_i, from an o that was not rounded
+    # δ_i = do_i·o_i, with what rounding took from o
     o_tile = tl.load(o + i * DV + e, mask=row_mask, other=0.0).to(tl.float32)
     o_tile += tl.load(rounding_error + i * DV + e, mask=row_mask, other=0.0).to(tl.float32)
     delta_tile = tl.sum(do_tile.to(tl.float32) * o_tile, 1, keep_dims=True)  # [TILE, 1]
     tl.store(delta + i, delta_tile, mask=i < T)
 
-    # Inside the segment: dw = do·v − δ and du/2 = u dw, both without their 1/den
+    # Inside the segment: dw den = do·v − δ, and du den/2 = u dw den
     dq_tile = tl.zeros((TILE, BLOCK_D), tl.float32)
     for past in range(segment * SEGMENT, start + TILE, STEP):
         j = past + tl.arange(0, STEP)
@@ -542,25 +570,27 @@ def query_kernel(
         k_tile = tl.load(k + rows * D + d, mask=(rows < T) & (d < D), other=0.0).to(DTYPE)
         v_tile = tl.load(v + rows * DV + e, mask=(rows < T) & (e < DV), other=0.0).to(DTYPE)
         u = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale + shift
-        dw = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION) - delta_tile
-        half_du = dw * u  # [TILE, STEP]
+        dw_den = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION) - delta_tile
+        half_du_den = dw_den * u  # [TILE, STEP]
         if past >= start:
-            half_du = tl.where(i >= j[None, :], half_du, 0.0)
-        dq_tile = tl.dot(half_du.to(DTYPE), k_tile, dq_tile, input_precision=PRECISION)
+            half_du_den = tl.where(i >= j[None, :], half_du_den, 0.0)
+        dq_tile = tl.dot(half_du_den.to(DTYPE), k_tile, dq_tile, input_precision=PRECISION)
     dq_tile *= 2 * scale
 
-    # All segments before: dφ(q) = S do − δ z, without its 1/den, times root for the product rule;
-    # then the one-hot matrices carry it back to q.
+    # All segments before: dφ(q) den = S do − δ z, times root for the product rule; then the one-hot
+    # matrices carry it back to q.
     if segment >= first:
         for block in range(0, P_PAD, BLOCK_F):
             f = block + tl.arange(0, BLOCK_F)
             S = tl.load(states + f[:, None] * DV + e, mask=e < DV, other=0.0).to(DTYPE)
             z = tl.load(states + P_PAD * DV + f)
             xa, xb, root, A, B = factors(q_tile, table, f, P_PAD, BLOCK_D, DTYPE, PRECISION, ONES)
-            dphi = tl.dot(do_tile, tl.trans(S), input_precision=PRECISION)  # [TILE, F]
-            dphi = (dphi - delta_tile * z[None, :]) * root
-            dq_tile = tl.dot((dphi * xb).to(DTYPE), tl.trans(A), dq_tile, input_precision=PRECISION)
-            dq_tile = tl.dot((dphi * xa).to(DTYPE), tl.trans(B), dq_tile, input_precision=PRECISION)
+            dphi_den = tl.dot(do_tile, tl.trans(S), input_precision=PRECISION)  # [TILE, F]
+            dphi_den = (dphi_den - delta_tile * z[None, :]) * root
+            dxa = (dphi_den * xb).to(DTYPE)
+            dxb = (dphi_den * xa).to(DTYPE)
+            dq_tile = tl.dot(dxa, tl.trans(A), dq_tile, input_precision=PRECISION)
+            dq_tile = tl.dot(dxb, tl.trans(B), dq_tile, input_precision=PRECISION)
 
     dq_tile *= tl.load(inv_den + i, mask=i < T, other=0.0)
     tl.store(dq + i * D + d, dq_tile.to(dq.dtype.element_ty), mask=(i < T) & (d < D))
@@ -581,10 +611,10 @@ def query_reference(q, k, v, do, o, inv_den, state, table, coefficients):
 #
 # A program owns TILE keys and walks over the queries *after* them in its segment; those of later
 # segments come in through R and r, the states of the mirror. Here 1/den belongs to the index that
-# is summed over, so it cannot come last. It goes into the weights, while these are float32: w/den
-# is at most 1, where 1/den alone can reach 1/ε, and du gets it after its subtraction. In do it
-# would be rounded once more, and the nearly equal do·v and δ would no longer fit each other.
-# Queries beyond T have 1/den = 0.
+# is summed over, so it cannot come last. It goes into the weights, while these are float32: with no
+# weight below 0, w/den is at most 1, where 1/den alone can reach 1/ε; and du gets it after its
+# subtraction. In do it would be rounded once more, and the nearly equal do·v and δ would no longer
+# fit each other. Queries beyond T have 1/den = 0.
 @triton.jit
 def key_kernel(
     q, k, v, do, dk, dv, inv_den, delta, table, states, scale, shift, floor, T, slots, first,
@@ -632,14 +662,14 @@ def key_kernel(
         u = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION) * scale + shift
         # w/den = (u² + floor)/den
         u_inv = u * inv
-        w = u * u_inv + floor * inv
+        w_inv = u * u_inv + floor * inv
         # du/2 = u (do·v − δ)/den
-        dw = tl.dot(v_tile, tl.trans(do_tile), input_precision=PRECISION) - delta_tile
-        half_du = dw * u_inv
+        dw_den = tl.dot(v_tile, tl.trans(do_tile), input_precision=PRECISION) - delta_tile
+        half_du = dw_den * u_inv
         if later < start + TILE:  # on the diagonal: a key does not reach the queries before it
-            w = tl.where(i[None, :] >= j, w, 0.0)
+            w_inv = tl.where(i[None, :] >= j, w_inv, 0.0)
             half_du = tl.where(i[None, :] >= j, half_du, 0.0)
-        dv_tile = tl.dot(w.to(DTYPE), do_tile, dv_tile, input_precision=PRECISION)
+        dv_tile = tl.dot(w_inv.to(DTYPE), do_tile, dv_tile, input_precision=PRECISION)
         dk_tile = tl.dot(half_du.to(DTYPE), q_tile, dk_tile, input_precision=PRECISION)
     dk_tile *= 2 * scale
 
@@ -653,8 +683,10 @@ def key_kernel(
             phi = (xa * xb * root).to(DTYPE)  # [TILE, F]
             dv_tile = tl.dot(phi, R, dv_tile, input_precision=PRECISION)
             dphi = (tl.dot(v_tile, tl.trans(R), input_precision=PRECISION) + r[None, :]) * root
-            dk_tile = tl.dot((dphi * xb).to(DTYPE), tl.trans(A), dk_tile, input_precision=PRECISION)
-            dk_tile = tl.dot((dphi * xa).to(DTYPE), tl.trans(B), dk_tile, input_precision=PRECISION)
+            dxa = (dphi * xb).to(DTYPE)
+            dxb = (dphi * xa).to(DTYPE)
+            dk_tile = tl.dot(dxa, tl.trans(A), dk_tile, input_precision=PRECISION)
+            dk_tile = tl.dot(dxb, tl.trans(B), dk_tile, input_precision=PRECISION)
 
     tl.store(dk + j * D + d, dk_tile.to(dk.dtype.element_ty), mask=k_mask)
     tl.store(dv + j * DV + e, dv_tile.to(dv.dtype.element_ty), mask=v_mask)
@@ -701,7 +733,9 @@ def compiler_arguments(kernel, D, DV, P_PAD, dtype, segment, ones):
     # 64. Exact float32 does without tensor cores, and 8 warps give it registers for what it holds.
     arguments["num_warps"] = 8 if tile == 128 or dtype == torch.float32 else 4
 
-    # So many steps are in work at once: while one is computed, the others' loads are under way.
+    # So many steps are in work at once: while one is computed, the others' loads are under way,
+    # and the addresses of each take registers. (Registers and spills as Triton 3.7.1 compiles;
+    # `python -m experiments.benchmark_gpu compiled` prints them.)
     arguments["num_stages"] = 3
     if kernel is state_kernel:
         # 64 rows of S make 4 warps, 128 threads; by their registers, four such programs share a
@@ -710,7 +744,7 @@ def compiler_arguments(kernel, D, DV, P_PAD, dtype, segment, ones):
         arguments["num_stages"] = 2
     if kernel is key_kernel and dtype == torch.float16:
         # Two tiles of four-byte factors in 128 threads use up an A100's registers: with two stages,
-        # 24 bytes of each thread would spill, with three 88.
+        # 24 bytes of each thread would spill to memory, with three 88.
         arguments["num_stages"] = 1
     return arguments
 
@@ -724,7 +758,10 @@ def launch_states(x, y, inv_den, delta, table, states, edge, coefficients, segme
     slots = states.shape[1]
     if slots == 0:
         return
-    states[:, 0] = 0 if edge is None else edge
+    if edge is None:
+        states[:, 0] = 0
+    else:
+        states[:, 0] = edge
     if slots == 1:
         return
     P_PAD = table.shape[1]
@@ -734,9 +771,9 @@ def launch_states(x, y, inv_den, delta, table, states, edge, coefficients, segme
     state_kernel[grid](
         x, y, inv_den, delta, table, states, T, slots, REVERSE=reverse, **arguments
     )
-    numbers = states.shape[2]
-    grid = (N * triton.cdiv(numbers, COLUMNS),)
-    scan_kernel[grid](states, slots, STATE=numbers, ROWS=ROWS, COLUMNS=COLUMNS)
+    STATE = states.shape[2]
+    grid = (N * triton.cdiv(STATE, COLUMNS),)
+    scan_kernel[grid](states, slots, STATE=STATE, ROWS=ROWS, COLUMNS=COLUMNS)
 
 
 def launch_tiles(kernel, tensors, table, states, first, coefficients, segment):
@@ -766,15 +803,18 @@ def launch_tiles(kernel, tensors, table, states, first, coefficients, segment):
 def empty_states(q, v, table, edge, segment, keep):
     """Room for states (N, slots, STATE) and for the whole sum (N, STATE; N, 0 if not kept)."""
     N, T, _ = q.shape
-    numbers = table.shape[1] * (v.shape[2] + 1)
+    STATE = table.shape[1] * (v.shape[2] + 1)
     slots = count_slots(T, segment, edge is not None, keep)
-    states = q.new_empty(N, slots, numbers, dtype=torch.float32)
-    whole = q.new_empty(N, numbers if keep else 0, dtype=torch.float32)
+    states = q.new_empty(N, slots, STATE, dtype=torch.float32)
+    whole = q.new_empty(N, STATE if keep else 0, dtype=torch.float32)
     return states, whole
 
 
 def empty_outputs(q, k, v, initial, table, coefficients, segment, keep):
-    """Room for o, rounding_error, 1/den (N, T), the states and the final one."""
+    """Room for o, rounding_error, 1/den (N, T), the states and the final one.
+
+    It has the arguments of `forward`, since it is its "fake", too.
+    """
     o = torch.empty_like(v)
     rounding_error = torch.empty_like(v, dtype=torch.bfloat16)
     inv_den = q.new_empty(q.shape[:2], dtype=torch.float32)
@@ -821,7 +861,7 @@ def backward(
     dk = torch.empty_like(k)
     dv = torch.empty_like(v)
     delta = torch.empty_like(inv_den)
-    R, d_initial = empty_states(q, v, table, d_final, segment, had_initial)
+    mirror, d_initial = empty_states(q, v, table, d_final, segment, had_initial)  # R and r
     first = 0 if had_initial else 1
     first_in_mirror = 1 if d_final is None else 0
     with torch.cuda.device_of(q):
@@ -829,12 +869,12 @@ def backward(
         queries = (q, k, v, do, o, rounding_error, dq, inv_den, delta)
         launch_tiles(query_kernel, queries, table, states, first, coefficients, segment)
         launch_states(
-            q, do, inv_den, delta, table, R, d_final, coefficients, segment, reverse=True
+            q, do, inv_den, delta, table, mirror, d_final, coefficients, segment, reverse=True
         )
         keys = (q, k, v, do, dk, dv, inv_den, delta)
-        launch_tiles(key_kernel, keys, table, R, first_in_mirror, coefficients, segment)
+        launch_tiles(key_kernel, keys, table, mirror, first_in_mirror, coefficients, segment)
         if had_initial:
-            d_initial.copy_(R[:, -1])
+            d_initial.copy_(mirror[:, -1])
     return dq, dk, dv, d_initial
 
 
@@ -871,8 +911,8 @@ def fake_backward(
     coefficients, segment, had_initial,
 ):
     """Tensors of the shapes that `backward` returns."""
-    numbers = table.shape[1] * (v.shape[2] + 1) if had_initial else 0
-    d_initial = q.new_empty(q.shape[0], numbers, dtype=torch.float32)
+    STATE = table.shape[1] * (v.shape[2] + 1)
+    d_initial = q.new_empty(q.shape[0], STATE if had_initial else 0, dtype=torch.float32)
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), d_initial
 
 
@@ -899,28 +939,28 @@ def why_not(q, k, v, coefficients):
     DV = v.shape[-1]
     if coefficients is None:
         return (
-            "the kernel is no polynomial of q·k (coefficients None): elu, element-wise and others "
-            "have features only"
+            "the similarity is no polynomial of q·k (coefficients None): elu, element-wise and "
+            "others have features only"
         )
     if not coefficients[2] > 0:
         return (
-            "the kernel must be of degree two, coefficients (c0, c1, c2) with c2 > 0; "
+            "the similarity must be of degree two, coefficients (c0, c1, c2) with c2 > 0; "
             f"c2 is {coefficients[2]}"
         )
     if coefficients[0] < 0 or coefficients[1] < 0:
         return "no coefficient may be negative: features multiply their square roots"
-    # A floor c0 − c1²/(4·c2) below 0, some weights then being negative, is allowed: the definition
-    # has it too. The kernels of 01 refuse it.
+    # A floor c0 − c1²/(4·c2) below 0, some weights then being negative, is allowed, as in the
+    # quadratic form of 02. The kernels of 01 refuse it.
     for x in (q, k, v):
         if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"products run in float32, bfloat16 or float16, not in {x.dtype}"
     if D > 32:
         return f"D may be at most 32, or registers do not suffice; it is {D}"
     if DV > 128:
-        return f"Dv may be at most 128, or registers do not suffice; it is {DV}"
+        return f"DV may be at most 128, or registers do not suffice; it is {DV}"
     # 2¹⁶ to spare, since a tile also computes the offsets of rows beyond T, which it then masks.
     if q.shape[-2] * max(D, DV) >= 2**31 - 2**16:
-        return "offsets inside a head have 32 bits; T·Dv exceeds them"
+        return "offsets inside a head have 32 bits; T·D or T·DV exceeds them"
     if INTERPRETED:
         return None
     if not q.is_cuda or k.device != q.device or v.device != q.device:

@@ -801,7 +801,7 @@ FAULTS += of("rebased/triton_kernels.py", "test_triton_kernels.py", [
      "            w = tl.where(i > j[None, :], w, 0.0)\n"
      "        w = w.to(DTYPE)"),
     ("no floor inside a segment", "        w = u * u + floor  # [TILE, STEP]", "        w = u * u  # [TILE, STEP]"),
-    ("no floor on the way back", "        w = u * u_inv + floor * inv\n", "        w = u * u_inv\n"),
+    ("no floor on the way back", "        w_inv = u * u_inv + floor * inv\n", "        w_inv = u * u_inv\n"),
     ("ε is not added", "inv = 1 / (den + EPS_ON_CHIP)", "inv = 1 / den"),
     ("the normaliser forgets the past",
      "            den += tl.sum(phi.to(tl.float32) * z[None, :], 1, keep_dims=True)\n",
@@ -810,15 +810,13 @@ FAULTS += of("rebased/triton_kernels.py", "test_triton_kernels.py", [
      "            y_column = tl.full((STEP, 1), 1.0, tl.float32)\n"),
     ("segments in the mirror are not counted from the end", "        segment = tl.cdiv(T, SEGMENT) - 1 - turn\n",
      "        segment = turn\n"),
-    ("δ is forgotten", "dw = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION) - delta_tile\n"
-     "        half_du = dw * u  #",
-     "dw = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION)\n"
-     "        half_du = dw * u  #"),
+    ("δ is forgotten", "dw_den = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION) - delta_tile\n",
+     "dw_den = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION)\n"),
     ("r is forgotten", "(tl.dot(v_tile, tl.trans(R), input_precision=PRECISION) + r[None, :]) * root",
      "tl.dot(v_tile, tl.trans(R), input_precision=PRECISION) * root"),
     ("dq without its 2 · scale", "    dq_tile *= 2 * scale\n", "    dq_tile *= scale\n"),
     ("only one factor has a gradient of q",
-     "            dq_tile = tl.dot((dphi * xa).to(DTYPE), tl.trans(B), dq_tile, input_precision=PRECISION)\n",
+     "            dq_tile = tl.dot(dxb, tl.trans(B), dq_tile, input_precision=PRECISION)\n",
      ""),
     ("the table: a pair counts once", "times = once if a == b else 2", "times = once"),
     ("the final state is the first", "final.copy_(states[:, -1])", "final.copy_(states[:, 0])"),
