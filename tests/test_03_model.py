@@ -279,6 +279,20 @@ def test_weights_have_the_digits_of_float32():
         torch.testing.assert_close(weights.float().sum(-1), torch.ones(2, 3, 4), rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.parametrize("mixer", ["rebased", "attention"])
+@torch.no_grad()
+def test_weights_are_those_of_what_the_last_layer_reads(mixer):
+    """As a whole forward pass hands it in: after the block's norm."""
+    language_model = small(mixer)
+    last = language_model.blocks[-1].mixer
+    read = []
+    hook = last.register_forward_pre_hook(lambda mixer, arguments: read.append(arguments[0]))
+    language_model(TOKENS)
+    hook.remove()
+    _, weights = language_model.logits_at(TOKENS, POSITIONS, return_weights=True)
+    torch.testing.assert_close(weights, last.weights(read[0], POSITIONS), rtol=1e-8, atol=1e-10)
+
+
 def test_a_layer_without_weights_says_so():
     with pytest.raises(ValueError, match="'short_conv' has no attention weights"):
         small("short_conv").logits_at(TOKENS, POSITIONS, return_weights=True)
@@ -476,8 +490,9 @@ def test_unusable_tokens_are_named():
             list(m.generate(language_model, TOKENS, 1, **options))
 
 
-def test_unusable_positions_are_named():
-    language_model = small("rebased")
+@pytest.mark.parametrize("mixer", ["rebased", "short_conv"])
+def test_unusable_positions_are_named(mixer):
+    language_model = small(mixer)
     for bad in (POSITIONS.float(), POSITIONS[0], POSITIONS[:1]):
         with pytest.raises(ValueError, match="positions must be int64 of shape"):
             language_model.logits_at(TOKENS, bad)
