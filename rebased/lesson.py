@@ -1,6 +1,7 @@
 """What every lesson needs at its edges: checks, figures, a stopwatch, where a number came from, the command line."""
 
 import argparse
+import math
 import os
 import platform
 import subprocess
@@ -73,10 +74,10 @@ def new_figure(width, height):
 def save_figure(figure, path, description):
     """Write a figure and say where; in a notebook, show it. description: for a reader who cannot see it."""
     path = Path(path)
-    if holds_something_else(path):
-        print(f"no figure: {path} holds something that is no picture; it is kept, choose another --figure")
-        return
     try:
+        if holds_something_else(path):
+            print(f"no figure: {path} holds something that is no picture; it is kept, choose another --figure")
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=120, metadata={"Description": description} if path.suffix == ".png" else None)
     except (OSError, ValueError) as error:
@@ -266,6 +267,24 @@ def positive_integer(text):
     if not (text.isascii() and text.isdecimal()) or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
     return int(text)
+
+
+def at_least(kind, least, strict=False):
+    """An argparse type: a finite number that is >= least, or > least if strict."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number ({kind.__name__})") from None
+        if not (value > least or (value == least and not strict)) or value == math.inf:
+            raise argparse.ArgumentTypeError(f"must be {'above' if strict else 'at least'} {least}, got {text}")
+        return value
+
+    return parse
+
+
+learning_rate = at_least(float, 0, strict=True)
 
 
 def writable_path(text):

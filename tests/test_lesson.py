@@ -76,6 +76,26 @@ def test_figures_leave_the_backend_alone():
         assert done.stdout.startswith("no figure: cannot write") and done.stdout.count("\n") == 1
 
 
+def test_a_notebook_keeps_its_backend_and_its_figures(tmp_path, monkeypatch):
+    """Drawn, shown with its description, and nothing of what the notebook has set or opened is another."""
+    matplotlib = pytest.importorskip("matplotlib")
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    inline = "module://matplotlib_inline.backend_inline"
+    monkeypatch.setenv("MPLBACKEND", inline)
+    monkeypatch.setitem(matplotlib.rcParams, "backend", inline)
+    shown = []
+    display = SimpleNamespace(display=shown.append, Image=lambda filename, alt: (filename, alt))
+    monkeypatch.setattr(lesson, "in_notebook", lambda: True)
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: None))
+    monkeypatch.setitem(sys.modules, "IPython.display", display)
+    opened = pyplot.get_fignums()
+    figure = lesson.new_figure(2, 2)
+    figure.subplots().plot([0, 1])
+    lesson.save_figure(figure, tmp_path / "figure.png", "a line")
+    assert shown == [(tmp_path / "figure.png", "a line")]
+    assert matplotlib.get_backend() == os.environ["MPLBACKEND"] == inline and pyplot.get_fignums() == opened
+
+
 def test_without_matplotlib_one_line(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert lesson.new_figure(4, 3) is None
@@ -134,6 +154,13 @@ def test_what_is_no_positive_integer(text):
     assert lesson.positive_integer("7") == 7
 
 
+@pytest.mark.parametrize("text", ["0", "-0.1", "nan", "inf", "-inf", "1e999", "fast", ""])
+def test_what_is_no_learning_rate(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="must be above 0, got|is not a number"):
+        lesson.learning_rate(text)
+    assert lesson.learning_rate("1e-3") == 0.001 and lesson.at_least(int, 3)("3") == 3
+
+
 def test_a_path_that_cannot_be_written_is_named_before_the_work(tmp_path):
     with pytest.raises(argparse.ArgumentTypeError, match="choose another path"):
         lesson.writable_path("/dev/null/rows.jsonl")
@@ -189,6 +216,17 @@ def test_a_figure_overwrites_figures_and_nothing_else(tmp_path, capsys):
     path.write_text('{"seed": 0}\n', encoding="utf-8")
     lesson.save_figure(lesson.new_figure(1, 1), path, "nothing")
     assert "no figure" in capsys.readouterr().out and path.read_text(encoding="utf-8") == '{"seed": 0}\n'
+
+
+@pytest.mark.parametrize("name, reason", [("x" * 250 + "_attention.png", "File name too long"), ("folder.png", "Is a"),
+                                          ("rows.jsonl/x.png", ""), ("x.txt", "is not supported")])
+def test_a_figure_that_cannot_be_written_is_one_line(tmp_path, name, reason, capsys):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "rows.jsonl").write_text('{"seed": 0}\n', encoding="utf-8")
+    lesson.save_figure(lesson.new_figure(1, 1), tmp_path / name, "nothing")
+    out = capsys.readouterr().out
+    assert out.startswith("no figure: cannot write") and reason in out and out.count("\n") == 1
 
 
 def test_rows_need_an_ordinary_file_and_a_disk_that_is_not_full(tmp_path, monkeypatch):
