@@ -91,7 +91,7 @@ if __name__ == "__main__":
 # %%
 if __name__ == "__main__":
     data = lesson.obey(lambda: pile_run.prepare_data(options, settings), GO_ON)
-    print_subsets(data)
+    lesson.obey(lambda: print_subsets(data), GO_ON)
 
 # %% [markdown]
 # ## The order of the data is a formula
@@ -386,6 +386,7 @@ def restore(path, model, optimizer, mixer, settings, data):
     """Put a checkpoint back; returns the log so far. Raises Refusal for another run's."""
     found = pile_run.load_checkpoint(path)
     pile_run.refuse_another_run(path, found, mixer, settings, data)
+    pile_run.refuse_what_does_not_fit(path, found, model, optimizer)
     model.load_state_dict(found["model"])
     optimizer.load_state_dict(found["optimizer"])
     return found["log"]
@@ -648,6 +649,7 @@ def evaluate(model, data, settings, common):
 def measure(trained, settings, data):
     """A row of numbers for each model."""
     rows = []
+    refuse_cut(data.train)
     common = common_bigrams(data.train)
     for mixer, (model, log) in trained.items():
         row = {"mixer": mixer, "parameters": models.count_parameters(model.config)}

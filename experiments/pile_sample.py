@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from rebased import files, kernels, lesson, linear_attention, pile_run, pile_settings
 from rebased import model as models
 from rebased.lesson import Refusal
-from rebased.tokens import identity, make_vocabulary
+from rebased.tokens import TOKENIZERS, identity, make_vocabulary
 
 COLDEST = 1e-3  # temperatures below count as 0: logits divided by them overflow, and only the likeliest token is left
 
@@ -28,7 +28,10 @@ COLDEST = 1e-3  # temperatures below count as 0: logits divided by them overflow
 def load_model(path, device="cpu", tokenizer_file=None):
     """(model, vocabulary) of a checkpoint. Raises Refusal for what is none, damaged, or made with another tokenizer."""
     content = pile_run.load_checkpoint(path)
-    vocabulary = make_vocabulary(content["tokenizer"]["name"], tokenizer_file)
+    name = content["tokenizer"].get("name")
+    if name not in TOKENIZERS:
+        raise Refusal(f"{path} names the tokenizer {name!r}, which is none of {', '.join(TOKENIZERS)}")
+    vocabulary = make_vocabulary(name, tokenizer_file)
     if identity(vocabulary) != content["tokenizer"]:
         raise Refusal(f"{path} was trained with another {vocabulary.name} tokenizer; give its --tokenizer-file")
     try:
@@ -116,7 +119,7 @@ def read_options(argv=None):
     parser.add_argument("--length", type=lesson.positive_integer, default=300, help="tokens to generate (%(default)s)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest (%(default)s)")
     parser.add_argument("--top-k", type=lesson.positive_integer, help="choose among the likeliest k only")
-    parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    parser.add_argument("--seed", type=pile_settings.seed_number, default=0, help="(%(default)s)")
     parser.add_argument("--device", help="cpu, cuda, ... (cuda if there is one)")
     parser.add_argument("--tokenizer-file", type=Path, help="a local tokenizer.json")
     options = lesson.parse_arguments(parser, argv)

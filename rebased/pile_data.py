@@ -30,7 +30,12 @@ from rebased.lesson import Refusal
 
 SUFFIXES = (".jsonl", ".jsonl.zst", ".jsonl.gz")
 LONGEST_LINE = 64 * 2**20  # bytes; longer lines are passed over without being held
-NOT_FOR_TRAINING = re.compile(r"(val|valid|validation|test)\.jsonl(\.zst|\.gz)?", re.IGNORECASE)
+# Names of a part that is kept from training, and of its pieces: val.jsonl, validation-00000-of-00002.jsonl, folder test
+SPLIT = r"(val|valid|validation|test)([-_. ]?(\d|of|part|shard|set|split|data))*"
+NOT_FOR_TRAINING = re.compile(SPLIT + r"(\.jsonl(\.zst|\.gz)?)?", re.IGNORECASE)
+# Names that only may be such: tests, for one, are also texts like others. They are read, and it is said.
+DOUBTFUL = re.compile(r"(?<![a-z])(val|valid|validation|tests?|testing|dev|eval|evaluation|held-?out)(?![a-z])",
+                      re.IGNORECASE)
 
 
 class Damaged(Exception):
@@ -72,8 +77,9 @@ def find_files(paths, notes=None):
     """Files and folders -> a list of files, those of a folder in the order of their names.
 
     A folder is read with all folders in it, also those that are links; a file that is reached twice is read once.
-    In a folder, the Pile's own validation and test files are left out, for they must not be trained on; give such
-    a file by its own name to read it. What is left out is told in lines that are appended to the list `notes`.
+    In a folder, files and folders with the names of validation and test parts are left out, for they must not be
+    trained on; give such a one by its own name to read it. What is left out, and what is read although its name may
+    mean the same, is told in lines that are appended to the list `notes`.
     Raises Refusal for a path that does not exist, a folder with nothing to read, a file of another kind.
     """
     notes = [] if notes is None else notes
@@ -100,13 +106,14 @@ def files_of_folder(folder, notes):
     """The files in a folder to train on; what is left out goes to `notes`. Raises Refusal if none is left."""
     found = []
     others = Counter()
-    for path in walk(folder):
+    before = len(notes)
+    for path in walk(folder, notes):
         if not has_suffix(path):
             others[path.suffix or path.name] += 1
         elif not path.is_file():  # a link to nothing, a pipe
             notes.append(f"left out {shown(path)}: no file that can be read")
         elif NOT_FOR_TRAINING.fullmatch(path.name):
-            notes.append(f"left out {shown(path)}: not for training, by its name; to train on it, name the file itself")
+            notes.append(left_out(path, "file"))
         else:
             found.append(path)
     if others:
@@ -114,18 +121,32 @@ def files_of_folder(folder, notes):
         notes.append(f"left out in {shown(folder)}, not of the kinds {', '.join(SUFFIXES)}: {kinds}")
     if not found:
         nothing = f"{shown(folder)}: no {', '.join(SUFFIXES)} files to train on in this folder"
-        raise Refusal("\n".join([nothing, *notes[:1]]))
-    return sorted(found)
+        raise Refusal("\n".join([nothing, *notes[before:][:1]]))
+    found.sort()
+    doubtful = [path for path in found if DOUBTFUL.search(str(path.relative_to(folder)))]
+    if doubtful:
+        more = f" and {len(doubtful) - 1} more" if doubtful[1:] else ""
+        notes.append(f"read {shown(doubtful[0])}{more}: perhaps not for training, by its name; if so, name the others")
+    return found
 
 
-def walk(folder):
-    """Every file below a folder, through links to folders too, but into no folder twice: links may run in a circle."""
+def left_out(path, kind):
+    return f"left out {shown(path)}: not for training, by its name; to train on it, name the {kind} itself"
+
+
+def walk(folder, notes):
+    """Every file below a folder, through links to folders too, but into no folder twice: links may run in a circle.
+
+    Folders that are left out by their names go to `notes`.
+    """
     visited = {os.path.realpath(folder)}
     for place, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
         new = []
         for name in sorted(folders):
             real = os.path.realpath(os.path.join(place, name))
-            if real not in visited:
+            if NOT_FOR_TRAINING.fullmatch(name):
+                notes.append(left_out(Path(place, name), "folder"))
+            elif real not in visited:
                 visited.add(real)
                 new.append(name)
         folders[:] = new  # os.walk goes into these only

@@ -20,16 +20,22 @@ from rebased.lesson import Refusal
 from rebased.tokens import first_documents, identity, load_data, make_vocabulary
 
 # torchrun gives every process its number; a process that was started alone is number 0 of 1
+def is_number(text):
+    return text.isascii() and text.isdecimal() and len(text) < 10
+
+
 def number_of(name, default):
     """A number that torchrun gives; the default for what is none, which `refuse_half_a_launch` names."""
     text = os.environ.get(name, "")
-    return int(text) if text.isascii() and text.isdecimal() else default
+    return int(text) if is_number(text) else default
 
 
 RANK = number_of("RANK", 0)
 WORLD = number_of("WORLD_SIZE", 1)
 GO_ON = "the same command with --resume goes on from the last checkpoint"
 FORMAT = 3  # of checkpoints
+PARTS = {"mixer": str, "config": dict, "settings": dict, "tokenizer": dict, "data": list, "model": dict,
+         "optimizer": dict, "log": list}  # what a checkpoint holds
 
 
 # Before and after the work
@@ -37,12 +43,25 @@ LAUNCH = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def refuse_half_a_launch():
-    """Raises Refusal where only some of torchrun's variables are set, or to what is no number: a job's leftovers."""
+    """Raises Refusal where only some of torchrun's variables are set, or to what cannot be: a job's leftovers."""
     given = [name for name in LAUNCH if name in os.environ]
-    numbers = [name for name in given if name != "MASTER_ADDR" and not os.environ[name].isdecimal()]
-    if {"RANK", "WORLD_SIZE"} & set(given) and (len(given) < len(LAUNCH) or numbers or RANK >= WORLD):
-        wrong = numbers or [name for name in LAUNCH if name not in given] or ["RANK"]
-        raise Refusal(f"{', '.join(given)} set as by torchrun, but not {wrong[0]}: start with torchrun, or unset them")
+    wrong = wrong_launch(given)
+    if wrong and {"RANK", "WORLD_SIZE"} & set(given):
+        raise Refusal(f"{', '.join(given)} set as by torchrun, but {wrong}: start with torchrun, or unset them")
+
+
+def wrong_launch(given):
+    """What is wrong with those of torchrun's variables that are set, in words; None if they can be used."""
+    for name in given:
+        if name != "MASTER_ADDR" and not is_number(os.environ[name]):
+            return f"{name}={os.environ[name]} is no number"
+    rank, world = number_of("RANK", 0), number_of("WORLD_SIZE", 1)
+    if world == 0:
+        return "WORLD_SIZE=0 is no number of processes"
+    missing = [name for name in LAUNCH if name not in given]
+    if missing:
+        return f"{missing[0]} is not set"
+    return f"RANK={rank} is not below WORLD_SIZE={world}" if rank >= world else None
 
 
 def start(mixers, argv=None):
@@ -168,15 +187,18 @@ def identity_of_run(mixer, config, settings, data):
 
 
 def load_checkpoint(path):
-    """The content of a checkpoint. Raises Refusal if it is none, or damaged."""
+    """The content of a checkpoint. Raises Refusal if it is none, is damaged, or lacks a part."""
     content = files.load_tensors(path)
     if content.get("format") != FORMAT:
         raise Refusal(f"{path}: not a checkpoint of this program")
+    for name, kind in PARTS.items():
+        if not isinstance(content.get(name), kind):
+            raise Refusal(f"{path}: a checkpoint without its part {name!r}; choose another --out, or delete it")
     return content
 
 
 def refuse_another_run(path, found, mixer, settings, data):
-    """Raises Refusal if the content `found` of a checkpoint is of other settings, another mixer or other data."""
+    """Raises Refusal if the content `found` of a checkpoint is of other settings, mixer, data or tokenizer."""
     old = found["settings"] | {"mixer": found["mixer"]}
     new = asdict(settings) | {"mixer": mixer}
     name = pile_settings.differing_setting(old, new)
@@ -184,3 +206,32 @@ def refuse_another_run(path, found, mixer, settings, data):
         raise Refusal(f"{path} has {name} = {old.get(name)}, not {new[name]}; --resume keeps it")
     if found["data"] != [data.manifest["sources"], data.manifest["sizes"]]:
         raise Refusal(f"{path} was trained on other data; give the same --data, or another --out")
+    if found["tokenizer"] != identity(data.vocabulary):
+        raise Refusal(f"{path} was trained with another {data.vocabulary.name} tokenizer; give its --tokenizer-file")
+
+
+def refuse_what_does_not_fit(path, found, model, optimizer):
+    """Raises Refusal if a checkpoint has no such weights, averages and log as this model and optimiser go on from."""
+    again = "delete it and begin anew, or choose another --out"
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state = {i: {"step": torch.zeros(()), "exp_avg": p, "exp_avg_sq": p} for i, p in enumerate(parameters)}
+    new = layout(asdict(model.config), model.state_dict(), optimizer.state_dict() | {"state": state})
+    old = layout(found["config"], found["model"], {"state": {}, "param_groups": []} | found["optimizer"])
+    for name in [*new, *(old.keys() - new.keys())]:
+        if old.get(name) != new.get(name):
+            there = f"{old[name]}, not {new.get(name)}" if name in old else "missing"
+            raise Refusal(f"{path} does not fit: its {name} is {there}; {again}")
+    steps = [record.get("step") for record in found["log"] if "loss" in record and "tokens_per_s" in record]
+    if not found["log"] or steps != list(range(len(found["log"]))):
+        raise Refusal(f"{path} does not fit: its log lacks a step; {again}")
+
+
+def layout(config, weights, optimizer):
+    """What must agree before a run goes on, by names that can be shown: settings of the model, shapes, groups."""
+    found = {f"model's {name}": value for name, value in config.items()}
+    found |= {f"weight {name}": tuple(weight.shape) for name, weight in weights.items()}
+    for i, averages in optimizer["state"].items():
+        found |= {f"{name} of parameter {i}": tuple(average.shape) for name, average in averages.items()}
+    for i, group in enumerate(optimizer["param_groups"]):
+        found |= {f"{name} of group {i}": group[name] for name in ("params", "betas", "eps") if name in group}
+    return found

@@ -28,6 +28,7 @@ AT_LEAST = {
     "eval_tokens": 1,
     "eval_length": 1,
 }
+MOST = 2**31  # whole numbers are below: seeds as in 04, and nothing overflows in NumPy or PyTorch
 # These may be other ones when a run is continued: they change neither the model nor the data it sees.
 FREE = {"micro_batch", "save_every", "eval_tokens", "eval_length", "compile", "recompute"}
 
@@ -56,8 +57,8 @@ class Settings:
 
     def __post_init__(self):
         for name, least in AT_LEAST.items():
-            if not getattr(self, name) >= least:
-                raise Refusal(f"{name} must be at least {least}, got {getattr(self, name)}")
+            if not least <= getattr(self, name) < MOST:
+                raise Refusal(f"{name} must be at least {least} and below 2**31, got {getattr(self, name)}")
         if self.model not in PRESETS:
             raise Refusal(f"model must be one of {', '.join(PRESETS)}, got {self.model!r}")
         if self.tokenizer not in TOKENIZERS:
@@ -89,6 +90,13 @@ PRESETS = {
         "eval_length": 16_384,
     },
 }
+
+
+def seed_number(text):
+    """An argparse type: a seed, of the same bounds as the setting."""
+    if not (text.isascii() and text.isdecimal() and len(text) <= 10) or int(text) >= MOST:
+        raise argparse.ArgumentTypeError(f"a seed is at least 0 and below 2**31, got {text!r}")
+    return int(text)
 
 
 def read_options(mixers, argv=None):

@@ -311,8 +311,9 @@ def first_documents(data, limit):
 
     Raises Refusal if there is none.
     """
-    docs = data.valid_docs  # (documents, 4): start, tokens, bytes, subset
     refuse_cut(data.valid)
+    refuse_cut(data.valid_docs)
+    docs = np.array(data.valid_docs)  # (documents, 4): start, tokens, bytes, subset
     if not len(docs):
         raise Refusal("no document fell into the validation part; give more documents or a larger valid_share")
     docs = docs[: max(1, np.searchsorted(docs[:, 0], limit))]
@@ -345,6 +346,7 @@ def zlib_bits(data, rows):
 
     zlib knows nothing of language; it replaces what occurred in the 32 KB before. So it is the mark for a model.
     """
+    refuse_cut(data.valid)
     texts = [data.vocabulary.decode(data.valid[start : start + n].tolist()) for start, n, _, _ in rows.tolist()]
     num_bytes = int(rows[:, 2].sum())
     return 8 * len(zlib.compress("\n".join(texts).encode("utf-8"), 9)) / num_bytes if num_bytes else None
@@ -352,6 +354,8 @@ def zlib_bits(data, rows):
 
 def print_subsets(data):
     """A row for each subset, then what could not be used. zlib: of at most a thousand validation documents."""
+    refuse_cut(data.valid_docs)
+    docs = np.array(data.valid_docs)
     print(f"{'':24}{'training':>24}{'validation':>24}{'bytes':>10}{'zlib, bits':>12}")
     print(f"{'subset':24}{'documents':>10}{'bytes':>14}{'documents':>12}{'bytes':>12}{'a token':>10}{'a byte':>12}")
     nothing = {"documents": 0, "tokens": 0, "bytes": 0}
@@ -359,11 +363,11 @@ def print_subsets(data):
         train = data.manifest["subsets"]["train"].get(name, nothing)
         valid = data.manifest["subsets"]["valid"].get(name, nothing)
         rate = (train["bytes"] + valid["bytes"]) / max(1, train["tokens"] + valid["tokens"])
-        bits = zlib_bits(data, data.valid_docs[data.valid_docs[:, 3] == i][:1000])
+        bits = zlib_bits(data, docs[docs[:, 3] == i][:1000])
         mark = "–" if bits is None else f"{bits:.3f}"
         print(f"{name[:23]:24}{train['documents']:10,}{train['bytes']:14,}", end="")
         print(f"{valid['documents']:12,}{valid['bytes']:12,}{rate:10.2f}{mark:>12}")
-    if not len(data.valid_docs):
+    if not len(docs):
         print("no document fell into the validation part: give more documents or a larger valid_share")
     lost = data.manifest["problems"] | {"zero bytes": data.manifest["zero_bytes"]}
     told = [f"{count:,} × {reason}" for reason, count in lost.items() if count]

@@ -935,7 +935,7 @@ FAULTS += of("rebased/pile_data.py", "test_pile_data.py", [
     ("validation files are trained on", "elif NOT_FOR_TRAINING.fullmatch(path.name):", "elif False:"),
     ("a file named twice is read twice", "files.setdefault(os.path.realpath(file), file)",
      "files.setdefault(len(files), file)"),
-    ("files in the order of the disk", "    return sorted(found)\n", "    return found[::-1]\n"),
+    ("files in the order of the disk", "    found.sort()\n", "    found.reverse()\n"),
     ("the first frame only", "            rest = frame.unused_data  # the beginning of the next frame\n"
      "            frame = None\n",
      "            return\n"),
@@ -992,7 +992,8 @@ FAULTS += of("rebased/pile_settings.py", "test_05_train_pile.py", [
     ("a run may not go on with another micro-batch", 'FREE = {"micro_batch",', "FREE = {"),
     ("a batch need not be whole sequences", "        if self.batch_tokens % self.seq_len:\n", "        if False:\n"),
     ("the paper's batch is 1,024 tokens", '"batch_tokens": 1024 * 4096,', '"batch_tokens": 4096,'),
-    ("a setting that is no number", "if not getattr(self, name) >= least:", "if getattr(self, name) < least:"),
+    ("a setting that is no number", "if not least <= getattr(self, name) < MOST:",
+     "if getattr(self, name) < least or getattr(self, name) >= MOST:"),
 ])
 FAULTS += of("rebased/lesson.py", "test_lesson.py test_files.py", [
     ("a failed check passes", '        TALLY["failed"] += 1\n', ""),

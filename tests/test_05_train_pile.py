@@ -5,7 +5,6 @@ import json
 import math
 import os
 import random
-import resource
 import runpy
 import signal
 import subprocess
@@ -265,6 +264,47 @@ def test_a_checkpoint_that_is_none_is_named(trained, tmp_path):
     (tmp_path / "flipped.pt").write_bytes(flipped)
     with pytest.raises(Refusal, match="damaged"):
         pile_run.load_checkpoint(tmp_path / "flipped.pt")
+
+
+def without(*place):
+    """Takes an entry out of a checkpoint's content."""
+    def change(content):
+        for name in place[:-1]:
+            content = content[name]
+        del content[place[-1]]
+
+    return change
+
+
+def swap_shape(content):
+    content["optimizer"]["state"][3]["exp_avg"] = torch.zeros(7)
+
+
+@pytest.mark.parametrize("change, message", [
+    *((without(part), f"a checkpoint without its part '{part}'") for part in pile_run.PARTS),
+    (lambda content: content.update(log=None), "a checkpoint without its part 'log'"),
+    (lambda content: content["config"].update(heads=8), "its model's heads is 8, not 4"),
+    (lambda content: content["tokenizer"].update(probe="x"), "trained with another bytes tokenizer"),
+    (without("model", "embedding.weight"), "its weight embedding.weight is missing"),
+    (lambda content: content["model"].update(more=torch.zeros(2)), r"its weight more is \(2,\), not None"),
+    (lambda content: content["model"].update({"embedding.weight": torch.zeros(3, 128)}),
+     r"its weight embedding.weight is \(3, 128\), not \(256, 128\)"),
+    (without("optimizer", "state"), "its step of parameter 0 is missing"),
+    (without("optimizer", "state", 5), "its step of parameter 5 is missing"),
+    (without("optimizer", "state", 5, "exp_avg_sq"), "its exp_avg_sq of parameter 5 is missing"),
+    (swap_shape, r"its exp_avg of parameter 3 is \(7,\), not"),
+    (without("optimizer", "param_groups"), "its params of group 0 is missing"),
+    (without("log", 2), "its log lacks a step"), (without("log", 2, "loss"), "its log lacks a step"),
+    (lambda content: content["log"].clear(), "its log lacks a step"),
+])
+def test_a_whole_checkpoint_that_does_not_fit_is_one_line(trained, tmp_path, change, message):
+    """Its digest is right, but a part is missing or is another model's."""
+    content = files.load_tensors(trained.checkpoint)
+    change(content)
+    files.save_tensors(tmp_path / "checkpoint.pt", content)
+    with pytest.raises(Refusal, match=message) as refusal:
+        train_pile.train("rebased", settings(), trained.data, tmp_path, resume=True)
+    assert len(str(refusal.value).splitlines()) == 1
 
 
 def test_a_loss_that_is_no_number_stops_before_the_update(trained):
@@ -583,6 +623,7 @@ def test_the_lesson_as_a_script(trained, tmp_path, capsys):
 
 
 def test_a_full_disk_is_one_line_and_the_last_checkpoint_is_intact(trained, tmp_path, capsys):
+    resource = pytest.importorskip("resource")
     path = tmp_path / "rebased" / "checkpoint.pt"
     small = train_pile.make_model("rebased", settings(), 256)
     optimizer = train_pile.make_optimizer(small, settings())
@@ -612,7 +653,10 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_is_intact(trained, tmp_
     (["--set", "seq_len=100"], "no multiple"), (["--set", "lr=nan"], "lr and clip must be positive"),
     (["--set", "tokenizer=bert"], "one of bytes"), (["--set", "step=3"], "no setting 'step'"),
     (["--set", "model=large"], "one of laptop, paper"), (["--set", "weight_decay=nan"], "weight_decay must be at"),
-    (["--mixers", "mamba2"], "invalid choice"), (["--set", "seed=-1"], "seed"),
+    (["--mixers", "mamba2"], "invalid choice"), (["--set", "seed=-1"], "seed must be at least 0"),
+    (["--set", f"seed={2**31}"], f"seed must be at least 0 and below 2**31, got {2**31}"),
+    (["--set", f"seed={10**22}"], "seed must be at least 0 and below 2**31"),
+    (["--set", f"eval_tokens={10**22}"], "eval_tokens must be at least 1 and below 2**31"),
     (["--device", "cuda:99"], "--device"), (["--device", "gpu"], "--device"),
     (["--tokenizer-file", "one.jsonl", "--set", "tokenizer=gpt2"], "no tokenizer.json"),
 ])
@@ -647,18 +691,29 @@ def test_another_mixer_does_not_replace_the_rows_of_a_folder(tmp_path):
         assert out == tmp_path
 
 
-@pytest.mark.parametrize("given", [
-    {"RANK": "1"}, {"WORLD_SIZE": "2"}, {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "x"},
-    {"RANK": "one", "WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"},
+@pytest.mark.parametrize("given, wrong", [
+    ({"RANK": "1"}, "WORLD_SIZE is not set"), ({"WORLD_SIZE": "2"}, "RANK is not set"),
+    ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "x"}, "MASTER_PORT is not set"),
+    ({"RANK": "one", "WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"}, "RANK=one is no number"),
+    ({"RANK": "0", "WORLD_SIZE": "9" * 5000, "MASTER_ADDR": "x", "MASTER_PORT": "1"}, "WORLD_SIZE=9+ is no number"),
+    ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0 is no number of processes"),
+    ({"RANK": "0", "WORLD_SIZE": "0", "MASTER_ADDR": "x", "MASTER_PORT": "1"}, "WORLD_SIZE=0 is no number of proc"),
+    ({"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"}, "RANK=2 is not below WORLD_SIZE=2"),
 ])
-def test_half_a_launch_is_one_line(monkeypatch, given):
+def test_half_a_launch_is_one_line(monkeypatch, given, wrong):
     for name in pile_run.LAUNCH:
         monkeypatch.delenv(name, raising=False)
     pile_run.refuse_half_a_launch()
     for name, value in given.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(Refusal, match="set as by torchrun, but not .*: start with torchrun, or unset"):
+    with pytest.raises(Refusal, match=f"set as by torchrun, but {wrong}.*: start with torchrun, or unset"):
         pile_run.refuse_half_a_launch()
+
+
+def test_a_whole_launch_is_taken(monkeypatch):
+    for name, value in zip(pile_run.LAUNCH, ("1", "2", "localhost", "29500"), strict=True):
+        monkeypatch.setenv(name, value)
+    pile_run.refuse_half_a_launch()
 
 
 def test_tokens_that_are_cut_while_training_are_one_line_and_no_bus_error(trained, tmp_path):
@@ -674,6 +729,15 @@ def test_tokens_that_are_cut_while_training_are_one_line_and_no_bus_error(traine
     with pytest.raises(Refusal, match="train.bin has been cut short"):
         tokens.refuse_cut(data.train)
     tokens.refuse_cut(np.zeros(3))
+
+
+def test_tokens_that_are_cut_after_the_last_step_are_one_line(trained, tmp_path):
+    path = tmp_path / "train.bin"
+    path.write_bytes(trained.data.train.tobytes())
+    data = trained.data._replace(train=np.memmap(path, np.uint8, "r"))
+    os.truncate(path, 0)
+    with pytest.raises(Refusal, match="train.bin has been cut short"):
+        train_pile.measure({"rebased": (trained.model, trained.log)}, settings(), data)
 
 
 def test_nothing_optional_is_imported_at_the_top_of_a_file():
@@ -701,6 +765,9 @@ def steps_logged(out, mixer="rebased"):
     return log.read_bytes().count(b"\n") if log.exists() else 0
 
 
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="/proc tells which workers a process has")
+
+
 def kill_when(process, condition):
     """kill -9 the process and its workers as soon as `condition()` holds; False if it ended before."""
     while process.poll() is None and not condition():
@@ -716,6 +783,7 @@ def kill_when(process, condition):
 
 
 @pytest.mark.slow
+@LINUX
 def test_kill_9_at_ten_random_moments_changes_nothing(tmp_path):
     make_data(tmp_path)
     chosen = settings(steps=44, save_every=1, eval_length=32)
@@ -762,6 +830,7 @@ def test_two_processes_have_the_gradient_of_one(tmp_path, mixer):
 
 
 @pytest.mark.slow
+@LINUX
 def test_two_processes_train_as_one_and_their_run_resumes_with_one(tmp_path):
     """The mean loss of 50 steps lies within the spread of seeds: ReBased amplifies rounding, nothing else differs."""
     make_data(tmp_path)

@@ -141,6 +141,8 @@ def test_a_document_is_read_once_and_continued(trained, tmp_path, capsys):
     (["--document", "x.txt"], "add a prompt"), (["x", "--temperature", "-1"], "--temperature"),
     (["x", "--temperature", "nan"], "--temperature"), (["x", "--length", "0"], "not a positive integer"),
     (["x", "--top-k", "0"], "not a positive integer"), (["x", "--device", "gpu"], "--device"),
+    (["x", "--seed", "9" * 23], "a seed is at least 0 and below 2**31"), (["x", "--seed", "-1"], "a seed is at least"),
+    (["x", "--seed", str(2**31)], "a seed is at least 0 and below 2**31"),
 ])
 def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
@@ -156,6 +158,19 @@ def test_a_model_that_cannot_be_made_here_is_named(trained, tmp_path):
     content["config"]["mixers"] = ("gated_conv", "of_tomorrow") * 2
     files.save_tensors(tmp_path / "checkpoint.pt", content)
     with pytest.raises(Refusal, match="unknown mixer 'of_tomorrow'"):
+        pile_sample.load_model(tmp_path / "checkpoint.pt")
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda content: content.pop("tokenizer"), "a checkpoint without its part 'tokenizer'"),
+    (lambda content: content["tokenizer"].pop("name"), "names the tokenizer None, which is none of bytes"),
+    (lambda content: content["model"].pop("embedding.weight"), "holds a model that cannot be made here"),
+])
+def test_a_checkpoint_that_lacks_a_part_is_one_line(trained, tmp_path, change, message):
+    content = files.load_tensors(trained[0])
+    change(content)
+    files.save_tensors(tmp_path / "checkpoint.pt", content)
+    with pytest.raises(Refusal, match=message):
         pile_sample.load_model(tmp_path / "checkpoint.pt")
 
 

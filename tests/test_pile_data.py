@@ -240,6 +240,46 @@ def test_what_is_not_for_training_is_left_out_and_named(tmp_path, capsys):
         texts_in(tmp_path / "only")
 
 
+SPLITS = ["val", "valid", "Validation", "TEST", "validation-00000", "test-00000-of-00001", "test_set",
+          "val.03", "testdata"]
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_validation_and_test_parts_are_left_out_as_files_and_as_folders(tmp_path, capsys, name):
+    """Each is named; who gives it by its own name reads it. A link to what is for training does not hide that."""
+    folder = tmp_path / "test"  # the name of what was given says nothing
+    (folder / "deep" / name).mkdir(parents=True)
+    write(folder / "deep" / name / "00.jsonl", [{"text": "kept in a folder"}])
+    write(folder / f"{name}.jsonl", [{"text": "kept in a file"}])
+    (folder / "zz").mkdir()
+    write(folder / "zz" / "00.jsonl", [{"text": "to train on"}])
+    (folder / name).symlink_to(folder / "zz")
+    assert texts_in(folder) == ["to train on"]
+    told = capsys.readouterr().err.splitlines()
+    assert sorted(told) == sorted([
+        f"left out {folder / name}.jsonl: not for training, by its name; to train on it, name the file itself",
+        f"left out {folder / name}: not for training, by its name; to train on it, name the folder itself",
+        f"left out {folder / 'deep' / name}: not for training, by its name; to train on it, name the folder itself",
+    ])
+    assert texts_in(folder / "deep" / name, folder / f"{name}.jsonl") == ["kept in a folder", "kept in a file"]
+
+
+@pytest.mark.parametrize("name", ["Tests", "dev", "c4-validation.00000-of-00008", "test-driven", "pile_val"])
+def test_what_only_may_be_such_a_part_is_read_and_named(tmp_path, capsys, name):
+    for path in (tmp_path / name / "00.jsonl", tmp_path / "deep" / f"{name}.jsonl", tmp_path / "attest2.jsonl"):
+        path.parent.mkdir(exist_ok=True)
+        write(path, [{"text": path.name}])
+    assert sorted(texts_in(tmp_path)) == sorted(["00.jsonl", f"{name}.jsonl", "attest2.jsonl"])
+    first = min(tmp_path / name / "00.jsonl", tmp_path / "deep" / f"{name}.jsonl")
+    assert f"read {first} and 1 more: perhaps not for training" in capsys.readouterr().err
+    assert texts_in(tmp_path / "attest2.jsonl") == ["attest2.jsonl"] and capsys.readouterr().err == ""
+
+
+def test_a_long_name_is_judged_at_once():
+    assert not pile_data.NOT_FOR_TRAINING.fullmatch("val" + "1" * 240 + "x")
+    assert pile_data.NOT_FOR_TRAINING.fullmatch("val" + "1" * 240)
+
+
 def test_the_names_of_other_files_are_no_reason_to_stop(tmp_path):
     """What --data refuses: a path that is not there, a file of another kind."""
     with pytest.raises(Refusal, match="no such file or folder"):
@@ -332,6 +372,28 @@ def test_tokens_are_reused_if_they_fit_and_refused_if_not(tmp_path):
     (tmp_path / "tokens" / "manifest.json").write_text("{}", encoding="utf-8")
     with pytest.raises(Refusal, match="not a manifest"):
         tokens_of(tmp_path, [path])
+
+
+@pytest.mark.parametrize("part, read", [
+    ("valid.bin", lambda data: tokens.print_subsets(data)),
+    ("valid.docs", lambda data: tokens.print_subsets(data)),
+    ("valid.bin", lambda data: tokens.first_documents(data, 100)),
+    ("valid.docs", lambda data: tokens.first_documents(data, 100)),
+    ("valid.bin", lambda data: tokens.zlib_bits(data, np.array([[0, 9, 9, 0]]))),
+])
+def test_a_part_that_is_cut_after_it_was_opened_is_one_line(tmp_path, part, read):
+    """To read beyond the end of a mapped file would kill the process."""
+    data = tokens_of(tmp_path, [make_data(tmp_path)])
+    read(data)
+    os.truncate(tmp_path / "tokens" / part, 8)
+    with pytest.raises(Refusal, match=f"{part} has been cut short"):
+        read(data)
+
+
+def test_rows_of_documents_are_kept_when_their_file_is_cut(tmp_path):
+    data = tokens_of(tmp_path, [make_data(tmp_path)])
+    _, docs = tokens.first_documents(data, 300)
+    assert not isinstance(docs, np.memmap)
 
 
 def test_a_local_tokenizer_file_serves_as_gpt_neox(tmp_path):
