@@ -642,7 +642,7 @@ def main(argv=None):
                         help="B·H·T of `speed` (%(default)s)")
     parser.add_argument("--variants", action="store_true", help="also time the variants of the same kernels")
     parser.add_argument("--rows", type=Path, default=ROWS, metavar="FOLDER", help="where rows go (runs)")
-    parser.add_argument("--figure", type=lesson.writable_path, default="runs/gpu_speed.png",
+    parser.add_argument("--figure", type=lesson.figure_path, default="runs/gpu_speed.png",
                         help="where to draw the times (%(default)s)")
     options = lesson.parse_arguments(parser, argv)
     unknown = [part for part in options.parts if part not in PARTS]

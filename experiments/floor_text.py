@@ -43,6 +43,7 @@ from rebased import (
     linear_attention,
     pile_settings,
     tokens,
+    train_mqar,
     train_pile,
     workers,
 )
@@ -671,12 +672,13 @@ def make_parser():
     parser = argparse.ArgumentParser(description="What the floor does to small language models beyond 512 bytes")
     add = parser.add_argument
     add("--mixers", nargs="+", choices=MIXERS, default=MIXERS, help="(all four)")
-    add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="(0 1 2)")
+    add("--seeds", nargs="+", type=train_mqar.seed_number, default=[0, 1, 2], help="(0 1 2)")
     add("--steps", type=lesson.positive_integer, default=Experiment.steps, help="(%(default)s)")
-    add("--learning-rate", type=float, default=Experiment.learning_rate, help="of all models (%(default)s)")
-    add("--search", type=float, nargs="+", metavar="RATE", help="only train at these rates, on a seed of their own")
+    rate = lesson.learning_rate
+    add("--learning-rate", type=rate, default=Experiment.learning_rate, help="of all models (%(default)s)")
+    add("--search", type=rate, nargs="+", metavar="RATE", help="only train at these rates, on a seed of their own")
     add("--output", type=lesson.writable_path, default="runs/floor_text.jsonl", help="rows (%(default)s)")
-    add("--figure", type=lesson.writable_path, default="runs/floor_text.png", help="(%(default)s)")
+    add("--figure", type=lesson.figure_path, default="runs/floor_text.png", help="(%(default)s)")
     add("--workers", type=lesson.positive_integer, default=1, help="processes of one thread each (%(default)s)")
     return parser
 
@@ -687,12 +689,14 @@ def main(argv=None):
     options = lesson.parse_arguments(parser, argv)
     if SEARCH_SEED in options.seeds:
         parser.error(f"seed {SEARCH_SEED} is that of --search; choose another one for --seeds")
+    if options.output.resolve() == options.figure.resolve():
+        parser.error(f"--output and --figure are both {options.figure}; rows need a file of theirs")
     start = time.perf_counter()
     extra = lesson.provenance(__file__, argv)
     seeds = [SEARCH_SEED] if options.search else options.seeds
-    runs = [Run(mixer, seed) for seed in seeds for mixer in options.mixers]
+    runs = list(dict.fromkeys(Run(mixer, seed) for seed in seeds for mixer in options.mixers))  # each once
     rows = []
-    for rate in options.search or [options.learning_rate]:
+    for rate in dict.fromkeys(options.search or [options.learning_rate]):
         experiment = Experiment(steps=options.steps, learning_rate=rate)
         rows += lesson.obey(
             lambda: perform_missing(runs, experiment, options.output, options.workers, extra),  # noqa: B023

@@ -170,12 +170,13 @@ def planned_runs(experiment, seeds, part=(1, 1), chosen=None):
     for length, pairs in zip(experiment.lengths, experiment.pairs, strict=True):
         for d_model in experiment.d_models:
             cells += [(mixer, length, pairs, d_model) for mixer in experiment.mixers]
+    cells = list(dict.fromkeys(cells))  # each once, whatever is named twice
     runs = []
     for seed in seeds:
         for cell in sweep.shard(cells, part):
             rates = (chosen[cell],) if chosen else experiment.learning_rates or (LEARNING_RATES[cell[0]],)
             runs += [Run(*cell, rate, seed) for rate in rates]
-    return runs
+    return list(dict.fromkeys(runs))
 
 
 def is_softmax(mixer):
@@ -506,24 +507,9 @@ def perform_sweep(experiment, path, processes, part, extra):
 
 
 # The command line: every field of Experiment is an option
-def at_least(kind, least, strict=False):
-    """An argparse type: a finite number that is >= least, or > least if strict."""
-
-    def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number ({kind.__name__})") from None
-        if not (value > least or (value == least and not strict)) or value == math.inf:
-            raise argparse.ArgumentTypeError(f"must be {'above' if strict else 'at least'} {least}, got {text}")
-        return value
-
-    return parse
-
-
 def seed_number(text):
     """An argparse type: a seed of a run."""
-    value = at_least(int, 0)(text)
+    value = lesson.at_least(int, 0)(text)
     if value >= SEEDS:
         raise argparse.ArgumentTypeError(f"a seed must be below {SEEDS}, lest two runs share examples; got {text}")
     return value
@@ -549,14 +535,14 @@ TYPES = {
     "mixers": mixer_name,
     "seeds": seed_number,
     "search_seeds": seed_number,
-    "learning_rates": at_least(float, 0, strict=True),
+    "learning_rates": lesson.learning_rate,
     "model": str,
     "init": str,
-    "heads": at_least(int, 0),
-    "dropout": at_least(float, 0),
-    "warmup": at_least(int, 0),
-    "softmax_warmup": at_least(int, 0),
-    "stop_at": at_least(float, 0),
+    "heads": lesson.at_least(int, 0),
+    "dropout": lesson.at_least(float, 0),
+    "warmup": lesson.at_least(int, 0),
+    "softmax_warmup": lesson.at_least(int, 0),
+    "stop_at": lesson.at_least(float, 0),
 }
 
 
@@ -572,8 +558,8 @@ def make_parser():
         "paper, paper-ladder: Figure 1 and Table 1 of the paper, for GPUs")
     add("--output", type=lesson.writable_path,
         help="rows of results; runs that are there are not repeated (runs/mqar_PRESET.jsonl, runs/mqar_grid.jsonl)")
-    add("--figure", type=lesson.writable_path, help="where to draw it (as --output, but .png)")
-    add("--workers", type=at_least(int, 1), default=workers.default_workers(),
+    add("--figure", type=mqar_report.figure_paths, help="where to draw it (as --output, but .png)")
+    add("--workers", type=lesson.at_least(int, 1), default=workers.default_workers(),
         help="processes, one thread each; on GPUs they take turns at them (%(default)s)")
     add("--shard", type=shard_of, default=(1, 1), metavar="i/n",
         help="perform part i of n, on this machine; join the files of rows with cat, then run without --shard")
@@ -585,7 +571,8 @@ def make_parser():
             group.add_argument(flag, action=argparse.BooleanOptionalAction, **settings_of_flag)
         else:
             many = "*" if isinstance(field.default, tuple) else None
-            group.add_argument(flag, type=TYPES.get(field.name, at_least(int, 1)), nargs=many, **settings_of_flag)
+            kind = TYPES.get(field.name, lesson.at_least(int, 1))
+            group.add_argument(flag, type=kind, nargs=many, **settings_of_flag)
     return parser
 
 
@@ -632,13 +619,24 @@ def refuse_impossible(experiment):
             check_recall_task(1, length, run.pairs, experiment.vocab_size, 1.0, 0)
 
 
+def where_to_write(options, parser):
+    """The files of rows and of the first figure; the program ends with one line if one of them cannot be written."""
+    try:
+        rows = options.output or lesson.writable_path(f"runs/mqar_{options.preset or 'grid'}.jsonl")
+        figure = options.figure or mqar_report.figure_paths(rows.with_suffix(".png"))
+    except argparse.ArgumentTypeError as error:
+        parser.error(f"{error} (--output, --figure)")
+    if rows.resolve() == figure.resolve():
+        parser.error(f"--output and --figure are both {figure}; rows need a file of theirs")
+    return rows, figure
+
+
 def main(argv=None):
     """Run what is missing, print the tables and their reading, draw the figures."""
     parser = make_parser()
     options = lesson.parse_arguments(parser, argv)
     experiment = make_experiment(options, parser)
-    path = options.output or lesson.writable_path(f"runs/mqar_{options.preset or 'grid'}.jsonl")
-    figure = options.figure or lesson.writable_path(path.with_suffix(".png"))
+    path, figure = where_to_write(options, parser)
     train_mqar.show_example()
     start = time.perf_counter()
     extra = lesson.provenance(__file__, argv)

@@ -628,6 +628,18 @@ def draw_placed(rows, path):
 
 
 # All of it
+def figures_of(figure):
+    """The files that figures go to: the one named, and two beside it."""
+    return figure, figure.with_stem(figure.stem + "_attention"), figure.with_stem(figure.stem + "_gamma_beta")
+
+
+def figure_paths(text):
+    """An argparse type: where the first figure goes, if it can be drawn there and the others beside it."""
+    for path in figures_of(Path(text)):
+        lesson.figure_path(path)
+    return Path(text)
+
+
 def report(rows, figure):
     """Print every table that these rows can fill and draw its figure; `figure` names the first, others lie beside."""
     rows = with_lines_of_their_own(rows)
@@ -642,9 +654,10 @@ def report(rows, figure):
     if beyond:
         read_recall(rows)
     print()
-    draw_recall(rows, figure) if beyond else draw_grid(rows, figure)
-    draw_look(rows, figure.with_stem(figure.stem + "_attention"))
-    draw_placed(rows, figure.with_stem(figure.stem + "_gamma_beta"))
+    first, attention, gamma_beta = figures_of(figure)
+    draw_recall(rows, first) if beyond else draw_grid(rows, first)
+    draw_look(rows, attention)
+    draw_placed(rows, gamma_beta)
     print()
 
 
@@ -654,7 +667,7 @@ def main(argv=None):
     parser.add_argument("rows", type=Path, nargs="+", help="files that experiments/mqar.py or 04_train_mqar.py wrote")
     parser.add_argument("--search-seeds", type=int, nargs="*", default=(), metavar="SEED",
                         help="for rows that do not say it: seeds whose runs chose the rate and are not reported")
-    parser.add_argument("--figure", type=lesson.writable_path, default="runs/mqar_report.png",
+    parser.add_argument("--figure", type=figure_paths, default="runs/mqar_report.png",
                         help="the first figure (%(default)s)")
     options = lesson.parse_arguments(parser, argv)
     rows = lesson.obey(lambda: read(options.rows, options.search_seeds), "nothing was written")

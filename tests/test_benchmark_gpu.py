@@ -107,10 +107,15 @@ def test_variants_compute_the_same(name):
         assert linear_attention.relative_error([result], [expected]) < tolerance
 
 
-def test_bad_input_is_refused_in_a_line_before_work(capsys):
+@pytest.mark.parametrize("arguments, message", [
+    (["everything"], "unknown part 'everything'; choose from compiled"),
+    (["predicted", "--figure", "x.txt"], "x.txt is no figure's name; let it end in .png"),
+])
+def test_bad_input_is_refused_in_a_line_before_work(arguments, message, capsys):
     with pytest.raises(SystemExit) as stopped:
-        benchmark.main(["everything"])
-    assert stopped.value.code == 2 and "unknown part 'everything'; choose from compiled" in capsys.readouterr().err
+        benchmark.main(arguments)
+    out, err = capsys.readouterr()
+    assert stopped.value.code == 2 and message in err.splitlines()[-1] and out == ""
 
 
 @pytest.mark.slow

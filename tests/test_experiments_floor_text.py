@@ -265,6 +265,42 @@ def test_the_search_has_a_seed_of_its_own(capsys):
     assert "choose another one for --seeds" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("arguments, message", [
+    (["--seeds", "-1"], "a seed is at least 0 and below 2**31, got '-1'"),
+    (["--seeds", str(2**70)], "a seed is at least 0 and below 2**31"),
+    (["--learning-rate", "nan"], "must be above 0, got nan"),
+    (["--learning-rate", "0"], "must be above 0, got 0"),
+    (["--search", "0.004", "nan"], "must be above 0, got nan"),
+    (["--search", "inf"], "must be above 0, got inf"),
+    (["--figure", "x.txt"], "x.txt is no figure's name"),
+    (["--output", "x.png", "--figure", "x.png"], "--output and --figure are both x.png"),
+])
+def test_bad_input_is_one_line_before_training(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(floor_text, "perform_missing", None)
+    with pytest.raises(SystemExit) as stop:
+        floor_text.main(arguments)
+    assert stop.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("arguments, seeds, rates", [
+    (["--seeds", "1", "0", "1"], [1, 0], [0.008]), (["--search", "0.004", "0.002", "0.004"], [100], [0.004, 0.002]),
+])
+def test_what_is_named_twice_runs_once(arguments, seeds, rates, tmp_path, monkeypatch):
+    performed = []
+
+    def perform(runs, experiment, *rest):
+        performed.append((runs, experiment.learning_rate))
+        return []
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(floor_text, "perform_missing", perform)
+    monkeypatch.setattr(floor_text, "draw", lambda rows, path: None)
+    floor_text.main(["--mixers", "rebased", "based", "rebased", *arguments])
+    runs = [floor_text.Run(mixer, seed) for seed in seeds for mixer in ("rebased", "based")]
+    assert performed == [(runs, rate) for rate in rates]
+
+
 def test_a_curve_of_few_steps_has_one_point():
     assert floor_text.curve([[2.0, 1.0], [4.0, 3.0]]) == [[2, 3.0, 2.0]]
     assert [point[0] for point in floor_text.curve([[2.0, 1.0]] * 120)] == [50, 100]

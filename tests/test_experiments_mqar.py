@@ -414,6 +414,9 @@ def test_softmax_has_its_own_epochs_and_steps():
         (["--vocab-size", "20"], "vocabulary of 34"),
         (["--mixers", "x2"], "no learning rate is known for x2"),
         (["--output", "/dev/null/rows.jsonl"], "cannot write"),
+        (["--figure", "/dev/null/x.png"], "cannot write"),
+        (["--figure", "x.txt"], "x.txt is no figure's name"),
+        (["--figure", "x" * 248 + ".png"], "File name too long"),  # with _attention
         (["--seeds", "-1"], "at least 0"),
         (["--seeds", "9" * 20], "a seed must be below 1048576"),
         (["--search-seeds", str(2**20)], "a seed must be below 1048576"),
@@ -424,11 +427,42 @@ def test_softmax_has_its_own_epochs_and_steps():
         (["--mixers", "conv_attention", "--heads", "5"], "5 heads do not fit"),
     ],
 )
-def test_impossible_settings_are_named(arguments, message, capsys):
+def test_impossible_settings_are_named(arguments, message, capsys, monkeypatch):
+    monkeypatch.setattr(mqar, "perform_sweep", None)  # not even begun
     with pytest.raises(SystemExit) as stop:
         mqar.main(arguments)
     assert stop.value.code == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ([], "cannot write runs/mqar_grid.jsonl: File exists; choose another path (--output, --figure)"),
+    (["--preset", "ladder"], "cannot write runs/mqar_ladder.jsonl: File exists"),
+    (["--output", "n.jsonl"], "cannot write n.png: Is a directory; choose another path"),
+    (["--output", "m.jsonl"], "cannot write m_attention.png: Is a directory"),
+    (["--output", "o.jsonl"], "cannot write o_gamma_beta.png: Is a directory"),
+    (["--output", "m.png", "--figure", "m.png"], "m_attention.png: Is a directory"),
+    (["--output", "rows.png"], "--output and --figure are both rows.png; rows need a file of theirs"),
+    (["--output", "rows.png", "--figure", "./rows.png"], "--output and --figure are both rows.png"),
+    (["--output", "x" * 245 + ".jsonl"], "File name too long"),
+])
+def test_derived_names_that_cannot_be_written_are_one_line(arguments, message, capsys, tmp_path, monkeypatch):
+    """Names that nobody typed: the default file in `runs`, a figure beside the rows, figures beside a figure."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(mqar, "perform_sweep", None)  # not even begun
+    (tmp_path / "runs").write_bytes(b"a file")
+    for folder in ("n.png", "m_attention.png", "o_gamma_beta.png"):
+        (tmp_path / folder).mkdir()
+    with pytest.raises(SystemExit) as stop:
+        mqar.main(arguments)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_what_is_named_twice_runs_once():
+    twice = mqar.Experiment(mixers=("based", "based"), lengths=(64, 64), pairs=(8, 8), learning_rates=(0.01, 0.01))
+    assert mqar.planned_runs(twice, (0, 0)) == [mqar.Run("based", 64, 8, 64, 0.01, 0)]
+    assert mqar.planned_runs(twice, (0,), part=(2, 2)) == []
 
 
 def test_the_committed_rows_are_those_of_their_presets():

@@ -194,6 +194,19 @@ def test_the_ladder_as_committed(tmp_path, capsys, monkeypatch):
     assert out.count("in 7 of 7 kernels that learned the task") == 2 and "on seeds 100, 101" in out
 
 
+@pytest.mark.parametrize("name, message", [
+    ("x.txt", "is no figure's name; let it end in .png"), ("x" * 248 + ".png", "File name too long"),
+    ("x.png", "x_attention.png: Is a directory"), ("y.png", "y_gamma_beta.png holds something that is no picture"),
+])
+def test_figures_that_cannot_be_drawn_are_refused_before_the_tables(tmp_path, capsys, name, message):
+    (tmp_path / "x_attention.png").mkdir()
+    (tmp_path / "y_gamma_beta.png").write_text("{}", encoding="utf-8")
+    with pytest.raises(SystemExit) as stop:
+        mqar_report.main([str(ROOT / "results" / "mqar_laptop.jsonl"), "--figure", str(tmp_path / name)])
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and message in err.splitlines()[-1] and out == ""
+
+
 def test_figures_of_a_ladder(tmp_path, capsys):
     """More than seven mixers: panels for each kernel. All three figures are drawn from the committed rows."""
     some = ("conv_attention", "based", "based_no_floor", "rebased", "rebased_floor", "x2", "x2_floor", "norm")

@@ -86,7 +86,6 @@ def test_a_notebook_keeps_its_backend_and_its_figures(tmp_path, monkeypatch):
     shown = []
     display = SimpleNamespace(display=shown.append, Image=lambda filename, alt: (filename, alt))
     monkeypatch.setattr(lesson, "in_notebook", lambda: True)
-    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: None))
     monkeypatch.setitem(sys.modules, "IPython.display", display)
     opened = pyplot.get_fignums()
     figure = lesson.new_figure(2, 2)
