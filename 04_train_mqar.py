@@ -434,7 +434,7 @@ def run_one(run, report):
 def finished_rows(runs, path):
     """{run: its row} of those runs that have one in `path`."""
     found = {}
-    for row in files.read_rows(path, fields=["mixer", "seed", "cells"]):
+    for row in files.read_rows(path, files.RECALL):
         for run in runs:
             settings = json.loads(json.dumps(asdict(run)))  # as in a row: a list for a tuple
             if all(row.get(name) == value for name, value in settings.items()):

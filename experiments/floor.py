@@ -265,12 +265,15 @@ def test_on(recall_model, contexts):
     return {"accuracy": accuracy, "right": right, "others": others, "filler": filler}, verdicts
 
 
+def tested_lengths(run):
+    """Random filler has to be written out, and so has its limit."""
+    return [length for length in TEST_LENGTHS if length <= WRITTEN_OUT or not run.random_filler]
+
+
 def test_all(recall_model, run):
-    """{"128 official": ..., ...}. Random filler has to be written out, and so has its limit."""
+    """{"128 official": ..., ...}"""
     cells = {}
-    for length in TEST_LENGTHS:
-        if run.random_filler and length > WRITTEN_OUT:
-            continue
+    for length in tested_lengths(run):
         for placement in train_mqar.PLACEMENTS:
             contexts = test_contexts(length, placement, run.random_filler)
             cells[f"{length} {placement}"], _ = test_on(recall_model, contexts)
@@ -412,10 +415,35 @@ def run_of(row):
     return Run(**{field.name: row[field.name] for field in fields(Run)})
 
 
+COMPARED = dict.fromkeys(("short", "written_out", "equal_verdicts", "filler_difference"), files.NUMBER)
+ROW = {
+    **{field.name: {float: files.NUMBER}.get(field.type, field.type) for field in fields(Run)},
+    **dict.fromkeys(("loss", "floor_at_end", "seconds"), files.NUMBER),
+    "history": [[int, files.NUMBER, files.NUMBER, files.NUMBER]],
+    "cells": {files.EACH: files.CELL},
+    "cells_without_floor?": {files.EACH: files.CELL},
+    "as_written_out?": {files.EACH: COMPARED},
+}
+
+
+def read_done(path):
+    """{run: its row} of a file. Raises Refusal for a row that lacks what tables read."""
+    done = {}
+    for row in files.read_rows(path, ROW):
+        run = run_of(row)
+        for length in tested_lengths(run):
+            for placement in train_mqar.PLACEMENTS:
+                if f"{length} {placement}" not in row["cells"]:
+                    raise lesson.Refusal(f"{path}: the row of {run} lacks the cell '{length} {placement}'")
+        if run.written_out and "as_written_out" not in row:
+            raise lesson.Refusal(f"{path}: the row of {run} has no 'as_written_out'")
+        done[run] = row
+    return done
+
+
 def perform(planned, part, role, path, processes, where_from):
     """Do those planned runs that have no row yet -> the rows of all, in the order planned."""
-    names = [field.name for field in fields(Run)]
-    done = {run_of(row): row for row in files.read_rows(path, [*names, "cells", "loss"])}
+    done = read_done(path)
     missing = [run for run in planned if run not in done]
     print(f"{part}, {role}: {len(planned)} runs, {len(planned) - len(missing)} are there already", flush=True)
     if missing:

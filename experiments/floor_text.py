@@ -467,9 +467,18 @@ def weights_path(run, experiment, rows_path):
     return sweep.checkpoint_path(rows_path, f"{run} {experiment}")
 
 
+ROW = {
+    "mixer": str,
+    "seed": int,
+    "settings": {"learning_rate": files.NUMBER},
+    "curve": [[int, files.NUMBER, files.NUMBER], ...],
+    "tests": {files.EACH: {files.EACH: [files.NUMBER, int]}},
+}
+
+
 def finished(path):
     """{(Run, settings as text): row} of a file of rows."""
-    rows = files.read_rows(path, ("mixer", "seed", "settings", "curve", "tests"))
+    rows = files.read_rows(path, ROW)
     return {(Run(row["mixer"], row["seed"]), json.dumps(row["settings"])): row for row in rows}
 
 

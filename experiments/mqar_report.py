@@ -21,7 +21,20 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from rebased import files, lesson, train_mqar
 
-ROW = ("mixer", "length", "pairs", "d_model", "learning_rate", "seed", "cells")  # what every row has
+CELL = dict.fromkeys(files.CELL, files.MEASURED) | {"accuracy": files.NUMBER}  # slices are not always measured
+ROW = {  # of 04 and of experiments/mqar.py
+    **files.RECALL,
+    **dict.fromkeys(("length", "pairs", "d_model"), int),
+    "learning_rate": files.NUMBER,
+    "cells": {files.EACH: CELL},
+    "cells_without_floor?": {files.EACH: CELL},
+    "role?": str,
+    "accuracy?": files.NUMBER,
+    "placed?": {files.EACH: [[files.NUMBER, files.NUMBER], ...]},
+    "picture?": ({"right": [int, ...], "weights": [[files.NUMBER, ...], ...]}, type(None)),
+    "full_pass?": (dict, type(None)),
+    "settings?": dict,
+}
 TITLES = {
     "attention": "softmax",
     "conv_attention": "conv + softmax",
@@ -156,8 +169,20 @@ def read(paths, search_seeds=()):
             raise lesson.Refusal(f"{path} is no file of rows: there is no such file")
         for row in files.read_rows(path, ROW):
             row = {"role": "search" if row["seed"] in search_seeds else "report"} | row
+            check_measures(row, path)
             found.setdefault(identity(row), row)
     return list(found.values())
+
+
+def check_measures(row, path):
+    """Raise Refusal for a row without an accuracy at the trained length, or with shares in some of its cells only."""
+    official = f"{row['length']} official"
+    if "accuracy" not in row and official not in row["cells"]:
+        raise lesson.Refusal(f"{path}: a row of {row['mixer']!r} has neither 'accuracy' nor a cell {official!r}")
+    for field in ("cells", "cells_without_floor"):
+        cells = row.get(field, {}).values()
+        if len({cell[share] is None for cell in cells for share in ("right", "others", "filler")}) > 1:
+            raise lesson.Refusal(f"{path}: a row of {row['mixer']!r} has shares of attention in some {field} only")
 
 
 def identity(row):
@@ -442,7 +467,7 @@ def draw_recall(rows, path):
     for (mixer, *_), own in reported(rows).items():
         cells.setdefault(mixer, own)
     longest = f"{max(lengths)} uniform"
-    if len(cells) <= MOST and all(column(own, longest, "filler") for own in cells.values()):
+    if len(cells) <= MOST and all(len(column(own, longest, "filler")) == len(own) for own in cells.values()):
         lines = {title(mixer): [row["cells"] for row in own] for mixer, own in cells.items()}
         return train_mqar.draw_figure(lines, lengths, path)
     families = {}  # {kernel without its floor: its variants}; softmax is drawn into every panel
@@ -456,7 +481,7 @@ def draw_recall(rows, path):
     for axis, (kernel, measure) in zip(axes, panels, strict=True):
         lines = {}
         for mixer in ["conv_attention", *sorted(families[kernel], key=has_floor)]:
-            if mixer in cells and column(cells[mixer], longest, measure):
+            if mixer in cells and len(column(cells[mixer], longest, measure)) == len(cells[mixer]):
                 lines[title(mixer)] = [row["cells"] for row in cells[mixer]]
         train_mqar.draw_panel(axis, lines, lengths, "uniform", measure)
         axis.set_title(f"{title(kernel)}: {train_mqar.MEASURES[measure]}", fontsize=10)

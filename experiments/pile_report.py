@@ -18,6 +18,24 @@ from rebased import files, kernels, lesson, pile_report
 from rebased import model as models
 from rebased.lesson import Refusal
 
+NUMBER, MEASURED = files.NUMBER, files.MEASURED
+POINTS = [[int, NUMBER], ...]
+ROW = {
+    **dict.fromkeys(("mixer", "command", "hardware", "date"), str),
+    **dict.fromkeys(("parameters", "tokens", "bytes", "processes"), int),
+    **dict.fromkeys(("loss", "perplexity", "bits_per_byte", "zlib", "tokens_per_s", "minutes"), NUMBER),
+    "settings": dict.fromkeys(("steps", "batch_tokens", "seq_len"), int),
+    "config": {
+        "mixers": [str, ...],
+        **dict.fromkeys(("vocab_size", "d_model", "heads", "feature_dim", "positions", "mlp"), int),
+    },
+    "slices": {files.EACH: {"share": NUMBER, "recall": MEASURED, "other": MEASURED}, "bigram": dict},
+    "subsets": {files.EACH: {"bytes": int, "bits_per_byte": NUMBER, "zlib": NUMBER}},
+    "curve": POINTS,
+    "by_position": POINTS,
+}
+
+
 def flops_per_token(config, T):
     """Multiplications and additions of a training step per token: 6 a weight, and 3 times the mixers' forward."""
     features = config.feature_dim * (config.feature_dim + 1) // 2
@@ -30,10 +48,17 @@ def flops_per_token(config, T):
     return flops
 
 
-def print_utilisation(rows, peak):
-    """peak: TFLOP/s that one device can do."""
+def model_config(row, path):
+    try:
+        return models.ModelConfig(**row["config"] | {"mixers": tuple(row["config"]["mixers"])})
+    except (TypeError, ValueError) as error:
+        raise Refusal(f"{path}: the model of {row['mixer']!r} cannot be built: {error}") from None
+
+
+def print_utilisation(rows, peak, path):
+    """peak: TFLOP/s that one device can do; path: where the rows are from."""
     for row in rows:
-        config = models.ModelConfig(**row["config"] | {"mixers": tuple(row["config"]["mixers"])})
+        config = model_config(row, path)
         tflops = row["tokens_per_s"] * flops_per_token(config, row["settings"]["seq_len"]) / 1e12
         share = tflops / row["processes"] / peak
         print(f"{row['mixer']:20}{tflops:8.1f} TFLOP/s by the model's own count, {share:.1%} of the peak")
@@ -46,14 +71,17 @@ def main(argv=None):
     parser.add_argument("--peak-tflops", type=float, help="of one device, to print the utilisation (H100, bf16: 989)")
     parser.add_argument("--figure", type=lesson.figure_path, help="draw the curves there, too")
     options = lesson.parse_arguments(parser, argv)
-    rows = files.read_rows(options.rows, ("mixer", "settings", "config", "curve", "slices", "subsets", "zlib"))
+    rows = files.read_rows(options.rows, ROW)
     if not rows:
         raise Refusal(f"{options.rows}: no rows there")
+    for part in ("slices", "subsets"):
+        if len({tuple(row[part]) for row in rows}) > 1:
+            raise Refusal(f"{options.rows}: rows of different data, their {part} differ; one table needs one data set")
     print(f"{rows[0]['command']}   ({rows[0]['hardware']}, {rows[0]['date']}, {rows[0]['minutes']} minutes)\n")
     pile_report.print_tables(rows)
     pile_report.print_reading(rows)
     if options.peak_tflops:
-        print_utilisation(rows, options.peak_tflops)
+        print_utilisation(rows, options.peak_tflops, options.rows)
     if options.figure:
         pile_report.draw(rows, options.figure)
 

@@ -116,45 +116,86 @@ def write_rows(path, rows):
     write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
-# What a row must hold under these names, wherever it has them
-KINDS = {
-    str: ("mixer", "role", "command", "date", "hardware"),
-    int: ("seed", "steps", "length", "pairs", "d_model", "parameters", "tokens", "bytes"),
-    (int, float, type(None)): ("learning_rate", "accuracy", "loss", "perplexity", "bits_per_byte", "zlib",
-                               "tokens_per_s", "minutes"),
-    dict: ("settings", "config", "cells", "cells_without_floor", "slices", "subsets"),
-    list: ("curve", "by_position", "losses", "accuracies"),
+# Shapes of rows: what their readers find in them
+# A shape is a type, or what is inside: [shape] is a list of any length, [shape, ...] one that is not empty, and
+# [shape, shape] one of two items; {name: shape} is a dictionary with these names, with "name?" for one that may be
+# missing, and EACH for all names. (shape, shape) is either of them.
+EACH = "each"
+NUMBER = (int, float)
+MEASURED = (int, float, type(None))  # None: there was nothing to measure
+CELL = {"accuracy": NUMBER, "right": NUMBER, "others": NUMBER, "filler": NUMBER}
+RECALL = {  # a row of 04
+    "mixer": str,
+    "seed": int,
+    "test_lengths?": [int, ...],
+    "cells": {EACH: CELL},
+    "cells_without_floor?": {EACH: CELL},
 }
-NUMBERS = ("cells", "cells_without_floor", "slices", "subsets", "curve", "by_position", "losses", "accuracies")
 
 
-def wrong_field(row):
-    """The name of a field that holds what no program here writes there; None if all is well."""
-    for kind, names in KINDS.items():
-        for name in names:
-            if name in row and (not isinstance(row[name], kind) or isinstance(row[name], bool)):
-                return name
-    for name in NUMBERS:
-        if name in row and not only_numbers(row[name]):
-            return name
-    return None
+class Misfit(ValueError):
+    """Says where a value is not of a shape."""
 
 
-def only_numbers(x):
-    """Whether the leaves of dictionaries and lists are numbers, or None for what could not be measured."""
-    if isinstance(x, dict):
-        return all(map(only_numbers, x.values()))
-    if isinstance(x, list):
-        return all(map(only_numbers, x))
-    return x is None or isinstance(x, (int, float))
+def check_shape(value, shape, place=""):
+    """Raise Misfit unless a value is of a shape; place: where it stands, as it would be written in Python."""
+    if isinstance(shape, dict) and isinstance(value, dict):
+        for name, inner in shape.items():
+            names = value if name == EACH else [name.removesuffix("?")]
+            for key in names:
+                if key in value:
+                    check_shape(value[key], inner, f"{place}[{key!r}]" if place else key)
+                elif not name.endswith("?"):
+                    raise Misfit(f"{place or 'the row'} has no {key!r}")
+    elif isinstance(shape, list) and isinstance(value, list) and length_fits(value, shape):
+        items = [one for one in shape if one is not ...]
+        for number, item in enumerate(value):
+            check_shape(item, items[number % len(items)], f"{place}[{number}]")
+    elif isinstance(shape, tuple):
+        if not any(fits(value, one) for one in shape):
+            raise Misfit(f"{place} is {str(value)[:40]!r}")
+    elif not isinstance(shape, type) or not is_of_type(value, shape):
+        raise Misfit(f"{place} is {str(value)[:40]!r}")
 
 
-def read_rows(path, fields=()):
+def length_fits(value, shape):
+    """Of a list."""
+    if shape[-1] is ...:
+        return len(value) > 0
+    return len(shape) in (1, len(value))
+
+
+def is_of_type(value, kind):
+    """True and False are no numbers."""
+    return isinstance(value, kind) and (not isinstance(value, bool) or kind in (bool, object))
+
+
+def fits(value, shape):
+    """Whether a value is of a shape."""
+    try:
+        check_shape(value, shape)
+    except Misfit:
+        return False
+    return True
+
+
+def check_cells(row):
+    """Raise Misfit unless each length of `test_lengths` has its two cells: official queries, and uniform ones."""
+    for field in ("cells", "cells_without_floor"):
+        for length in row.get("test_lengths", []) if field in row else []:
+            for cell in (f"{length} official", f"{length} uniform"):
+                if cell not in row[field]:
+                    raise Misfit(f"{field} has no {cell!r}")
+
+
+def read_rows(path, shape=()):
     """The dictionaries of a file of rows; [] if there is no file. A torn last line counts as not written.
 
-    A line that is there twice, as in files that were joined, counts once. Raises Refusal that names the first line
-    which is no row, lacks one of `fields`, or holds a text where a number belongs.
+    shape: what a row must hold: names, or a dictionary {name: shape} as above. A line that is there twice, as in files
+    that were joined, counts once. Raises Refusal that names the first line which is no row, and what is wrong inside.
     """
+    if not isinstance(shape, dict):
+        shape = dict.fromkeys(shape, object)
     if not path.exists():
         return []
     rows = []
@@ -167,13 +208,15 @@ def read_rows(path, fields=()):
         known.add(line)
         try:
             row = json.loads(line)
-            missing = [field for field in fields if field not in row]
-            wrong = wrong_field(row)
-        except (ValueError, TypeError, RecursionError):
-            raise Refusal(f"{path}, line {number} is not a row of results; mend it or choose another file") from None
-        if missing:
-            raise Refusal(f"{path}, line {number} has no {missing[0]!r}: a row of something else?")
-        if wrong:
-            raise Refusal(f"{path}, line {number}: {wrong!r} is {str(row[wrong])[:40]!r}, which is no result of ours")
+        except (ValueError, RecursionError):
+            row = None
+        if not isinstance(row, dict):
+            raise Refusal(f"{path}, line {number} is not a row of results; mend it or choose another file")
+        try:
+            check_shape(row, shape)
+            if "test_lengths?" in shape:
+                check_cells(row)
+        except Misfit as misfit:
+            raise Refusal(f"{path}, line {number}: {misfit}; mend it or choose another file") from None
         rows.append(row)
     return rows

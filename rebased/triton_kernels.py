@@ -51,8 +51,10 @@ import torch
 from torch.fx.experimental.symbolic_shapes import guard_scalar  # for torch.compile, see section 9
 
 from rebased import EPS
-from rebased.chunked_cpu import complete_square  # -> scale, shift, floor, and True: u is squared
-from rebased.chunked_cpu import count_features  # -> P
+from rebased.chunked_cpu import (
+    complete_square,  # -> scale, shift, floor, and True: u is squared
+    count_features,  # -> P
+)
 
 MISSING = (
     "rebased.triton_kernels needs Triton (Linux: pip install triton==3.7.1); "

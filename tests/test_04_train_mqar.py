@@ -511,6 +511,12 @@ def test_the_script_from_end_to_end(tmp_path, capsys, monkeypatch):
     assert (tmp_path / "figure.png").stat().st_size > 10_000
 
 
+def cells_of(run):
+    """Of a row that nobody trained for."""
+    cell = {"accuracy": 0.5, "right": 0.25, "others": 0.125, "filler": 0.5}
+    return {f"{T} {placement}": cell for T in run.test_lengths for placement in train_mqar.PLACEMENTS}
+
+
 def test_what_is_there_is_not_repeated(tmp_path, monkeypatch, capsys):
     """A torn row is run again, other settings are other runs; a file of something else is named in one line."""
     path = tmp_path / "rows.jsonl"
@@ -520,7 +526,7 @@ def test_what_is_there_is_not_repeated(tmp_path, monkeypatch, capsys):
     def run_all(work, missing, steps_of, processes, keep):
         done.extend(missing)
         for run in missing:
-            keep(run, dataclasses.asdict(run) | {"cells": {}})
+            keep(run, dataclasses.asdict(run) | {"cells": cells_of(run)})
 
     monkeypatch.setattr(train_mqar.workers, "run_all", run_all)
     assert [row["seed"] for row in train_mqar.all_rows(runs, path, 1)] == [0, 1, 2, 3, 4] and done == runs
@@ -530,7 +536,7 @@ def test_what_is_there_is_not_repeated(tmp_path, monkeypatch, capsys):
     train_mqar.all_rows([dataclasses.replace(run, steps=21) for run in runs], path, 1)
     assert len(done) == 11
     path.write_text('{"loss": 1}\n', encoding="utf-8")
-    with pytest.raises(lesson.Refusal, match="line 1 has no 'mixer'"):
+    with pytest.raises(lesson.Refusal, match="line 1: the row has no 'mixer'"):
         train_mqar.all_rows(runs, path, 1)
 
 
@@ -539,7 +545,7 @@ def test_rows_come_in_the_order_of_the_runs(tmp_path):
     path = tmp_path / "rows.jsonl"
     runs = train_mqar.planned_runs(train_mqar.parse_options([]))
     for run in reversed(runs):
-        files.append_row(path, dataclasses.asdict(run) | {"cells": {}})
+        files.append_row(path, dataclasses.asdict(run) | {"cells": cells_of(run)})
     found = [(row["mixer"], row["seed"]) for row in train_mqar.all_rows(runs, path, 1)]
     assert found == [(run.mixer, run.seed) for run in runs]
 

@@ -202,7 +202,7 @@ def test_utilisation_is_that_of_one_device(capsys):
     config = train_pile.laptop_config("rebased", 256)
     row = {"mixer": "rebased", "config": asdict(config), "settings": {"seq_len": 512}}
     row |= {"processes": 2, "tokens_per_s": 1e3}
-    pile_report.print_utilisation([row], peak=0.01)
+    pile_report.print_utilisation([row], peak=0.01, path="rows.jsonl")
     teraflops = 1e3 * pile_report.flops_per_token(config, 512) / 1e12
     assert f"{teraflops:.1f} TFLOP/s" in (shown := capsys.readouterr().out)
     assert f"{teraflops / 2 / 0.01:.1%} of the peak" in shown

@@ -5,7 +5,6 @@ import io
 import json
 import os
 import random
-import resource
 import sys
 import threading
 import time
@@ -26,6 +25,7 @@ def test_a_file_is_written_whole_and_folders_are_made(tmp_path):
 
 
 def test_a_full_disk_leaves_the_file_before(tmp_path):
+    resource = pytest.importorskip("resource")
     path = tmp_path / "x.bin"
     path.write_bytes(b"before")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -155,7 +155,7 @@ def test_half_a_line_counts_as_not_written(tmp_path):
 
 @pytest.mark.parametrize("line, message", [
     (b"no json", "line 2 is not a row"), (b"[" * 100_000, "line 2 is not a row"), (b"7", "line 2 is not a row"),
-    (b'{"m": 1}', "line 2 has no 'n'"),
+    (b'{"m": 1}', "line 2: the row has no 'n'"),
 ])
 def test_what_is_no_row_is_named(tmp_path, line, message):
     path = tmp_path / "rows.jsonl"
@@ -164,14 +164,38 @@ def test_what_is_no_row_is_named(tmp_path, line, message):
         files.read_rows(path, ["n"])
 
 
-@pytest.mark.parametrize("row, name", [
-    ({"seed": "0"}, "seed"), ({"mixer": ["based"]}, "mixer"), ({"cells": {"128 official": {"accuracy": "1"}}}, "cells"),
-    ({"loss": "low"}, "loss"), ({"curve": 3}, "curve"), ({"parameters": True}, "parameters"),
+CELL = {"accuracy": 1.0, "right": 0.5, "others": 0.25, "filler": 0.1}
+SHAPE = {
+    **files.RECALL,
+    "loss?": files.MEASURED,
+    "curve?": [[int, files.NUMBER], ...],
+    "lengths?": [int],
+    "flag?": bool,
+}
+
+
+@pytest.mark.parametrize("change, wrong", [
+    ({"seed": "0"}, "seed is '0'"), ({"seed": True}, "seed is 'True'"), ({"mixer": ["based"]}, "mixer is"),
+    ({"loss": "low"}, "loss is 'low'"), ({"flag": 1}, "flag is '1'"), ({"seed": None}, "seed is 'None'"),
+    ({"curve": 3}, "curve is '3'"), ({"curve": []}, "curve is '[]'"), ({"curve": [[1, 2.0], [3]]}, "curve[1] is '[3]'"),
+    ({"curve": [[1, "x"]]}, "curve[0][1] is 'x'"), ({"lengths": [1, 2.5]}, "lengths[1] is '2.5'"),
+    ({"cells": 5}, "cells is '5'"), ({"cells": {"64 official": {}}}, "cells['64 official'] has no 'accuracy'"),
+    ({"cells": {"64 official": CELL, "64 uniform": CELL, "256 uniform": 0.5}}, "cells['256 uniform'] is '0.5'"),
+    ({"cells": {"64 official": CELL}}, "cells has no '64 uniform'"),
+    ({"cells_without_floor": {}}, "cells_without_floor has no '64 official'"),
+    ({"cells_without_floor": {"64 uniform": CELL | {"filler": None}}},
+     "cells_without_floor['64 uniform']['filler'] is 'None'"),
 ])
-def test_a_field_that_is_no_result_is_named(tmp_path, row, name):
-    files.write_rows(tmp_path / "rows.jsonl", [{"seed": 1, "loss": None}, row])
-    with pytest.raises(Refusal, match=f"line 2: '{name}' is"):
-        files.read_rows(tmp_path / "rows.jsonl")
+def test_what_does_not_fit_is_named(tmp_path, change, wrong):
+    """A row that fits, with null, an empty list and an unknown field; then one with a single change."""
+    row = {"mixer": "based", "seed": 1, "cells": {"64 official": CELL, "64 uniform": CELL}, "test_lengths": [64]}
+    fitting = row | {"loss": None, "lengths": [], "curve": [[1, 2], [2, 0.5]], "flag": True, "note": "x"}
+    files.write_rows(tmp_path / "rows.jsonl", [fitting])
+    assert files.read_rows(tmp_path / "rows.jsonl", SHAPE) == [fitting]
+    files.write_rows(tmp_path / "rows.jsonl", [fitting, row | change])
+    with pytest.raises(Refusal) as refused:
+        files.read_rows(tmp_path / "rows.jsonl", SHAPE)
+    assert f"line 2: {wrong}" in str(refused.value)
 
 
 def test_a_row_that_was_joined_twice_counts_once(tmp_path):
