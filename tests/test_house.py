@@ -178,3 +178,42 @@ def test_an_unknown_name_is_answered_with_those_that_exist():
     assert status == 1 and "cannot import name 'kernel'" in text
     code = "import rebased; rebased.kernel"
     assert "the lessons are kernels, linear_attention" in run(code, ROOT)[1]
+
+
+# What Windows has not got, as far as the libraries here can do without it
+AS_ON_WINDOWS = """
+import os, signal, sys
+for name in ("fcntl", "resource"):
+    sys.modules[name] = None
+for name in ("fork", "killpg", "setsid", "getpgid", "sched_getaffinity", "mkfifo"):
+    if hasattr(os, name):
+        delattr(os, name)
+for name in ("SIGKILL", "SIGHUP", "SIGUSR1", "SIGALRM"):
+    if hasattr(signal, name):
+        delattr(signal, name)
+"""
+
+
+def collect(folder, *files):
+    """Collect the tests in these files (all of them) without those names: (exit status, what was printed)."""
+    (folder / "as_on_windows.py").write_text(AS_ON_WINDOWS, encoding="utf-8")
+    start = f"import sys, pytest; sys.path.insert(0, {str(folder)!r}); sys.exit(pytest.main(sys.argv[1:]))"
+    plain = ["-p", "as_on_windows", "-p", "no:cacheprovider", "--collect-only", "-q", "-m", "slow or not slow"]
+    return run(["-c", start, *plain, *map(str, files)], ROOT)
+
+
+def test_every_test_is_collected_where_unix_is_missing(tmp_path):
+    """One import at the top of one file would cost the whole suite on Windows. Tests that need it skip themselves."""
+    status, text = collect(tmp_path)
+    assert status == 0, text[-2000:]
+    assert "test_kills.py::test_training" in text and "test_files.py" in text
+
+
+def test_the_test_itself_sees_what_windows_has_not_got(tmp_path):
+    lines = ["import resource", "import fcntl", "import signal; x = signal.SIGKILL", "from os import fork", "x = 1"]
+    files = [tmp_path / f"test_{i}.py" for i in range(len(lines))]
+    for file, line in zip(files, lines, strict=True):
+        file.write_text(f"{line}\n\n\ndef test():\n    pass\n", encoding="utf-8")
+    status, text = collect(tmp_path, *files)
+    wrong = {Path(line.split()[1]).name for line in text.splitlines() if line.startswith("ERROR ")}
+    assert status == 2 and wrong == {file.name for file in files[:4]}, text
