@@ -374,6 +374,7 @@ def test_tokens_are_reused_if_they_fit_and_refused_if_not(tmp_path):
         tokens_of(tmp_path, [path])
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="a file that is mapped cannot be cut there")
 @pytest.mark.parametrize("part, read", [
     ("valid.bin", lambda data: tokens.print_subsets(data)),
     ("valid.docs", lambda data: tokens.print_subsets(data)),
