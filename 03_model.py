@@ -596,7 +596,8 @@ if __name__ == "__main__":
 
 # %% [markdown]
 # Logits become a token in one of two ways. *Greedy* takes the likeliest. *Sampling* draws: a
-# temperature below 1 makes the likely likelier, and top-k lets only the k likeliest take part.
+# temperature below 1 makes the likely likelier, and top-k lets only the k likeliest take part. Near
+# 0 a temperature leaves only the likeliest, and logits divided by it overflow: that is greedy, too.
 #
 # Below, a random model goes on after a prompt of four tokens. Then it reads only three of them, and
 # its state is kept. From that state and the fourth token it must go on as before; from the fourth
@@ -612,17 +613,20 @@ def token_probabilities(logits, temperature=1.0, top_k=None):
     return logits.softmax(-1)
 
 
+COLDEST = 1e-3  # temperatures below are greedy
+
+
 @torch.no_grad()
 def generate(model, tokens, steps, temperature=0.0, top_k=None, states=None):
     """Continue tokens (B, T): yields `steps` tensors (B,), one token each, as they are chosen.
 
     Temperature 0 is greedy. Raises ValueError for a negative temperature and for top_k < 1.
     """
-    if temperature < 0 or (top_k is not None and top_k < 1):
+    if not temperature >= 0 or (top_k is not None and top_k < 1):  # NaN is not, either
         raise ValueError(f"need temperature >= 0 and top_k >= 1, got {temperature} and {top_k}")
     logits, states = model.prefill(tokens, states)
     for steps_left in reversed(range(steps)):
-        if temperature == 0:
+        if temperature < COLDEST:
             chosen = logits.argmax(-1)  # (B,)
         else:
             probabilities = token_probabilities(logits, temperature, top_k)

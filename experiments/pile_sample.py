@@ -22,9 +22,6 @@ from rebased import model as models
 from rebased.lesson import Refusal
 from rebased.tokens import TOKENIZERS, identity, make_vocabulary
 
-COLDEST = 1e-3  # temperatures below count as 0: logits divided by them overflow, and only the likeliest token is left
-
-
 def load_model(path, device="cpu", tokenizer_file=None):
     """(model, vocabulary) of a checkpoint. Raises Refusal for what is none, damaged, or made with another tokenizer."""
     content = pile_run.load_checkpoint(path)
@@ -127,8 +124,6 @@ def read_options(argv=None):
         raise Refusal("a document or a state alone asks for nothing: add a prompt or --save-state FILE")
     if not 0 <= options.temperature < float("inf"):
         raise Refusal(f"--temperature must be 0 or more, got {options.temperature}")
-    if options.temperature < COLDEST:
-        options.temperature = 0.0
     return options
 
 

@@ -44,8 +44,13 @@ def refuse_transforms(instead):
     """
     if torch.jit.is_tracing():
         raise RuntimeError(f"torch.jit.trace cannot record a pass written by hand; trace {instead}")
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if inside_torch_func():
         raise RuntimeError(f"torch.func cannot look into a pass written by hand; give it {instead}")
+
+
+def inside_torch_func():
+    """Whether vmap, grad or another transformation of torch.func is at work: then no number can be looked at."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def without_autocast(device):

@@ -4,7 +4,7 @@ from functools import wraps
 
 import torch
 
-from rebased.autograd import without_autocast
+from rebased.autograd import inside_torch_func, without_autocast
 
 def check_last_dim(x, size, name):
     """Raise TypeError or ValueError unless x is a floating-point tensor whose last dimension is `size`."""
@@ -82,11 +82,16 @@ def attention_form(form):
     return wrapped
 
 
+def numbers_are_at_hand(x):
+    """A GPU would have to wait for them, and torch.func does not let them be seen."""
+    return x.device.type == "cpu" and not inside_torch_func()
+
+
 def check_tokens(tokens, vocab_size):
-    """Raise ValueError unless tokens are (B, T) int64, below vocab_size (a GPU would have to wait: not read)."""
+    """Raise ValueError unless tokens are (B, T) int64, below vocab_size (not where numbers cannot be read at once)."""
     if tokens.ndim != 2 or tokens.dtype != torch.int64 or 0 in tokens.shape:
         raise ValueError(f"tokens must be int64 of shape (B, T), got {tokens.dtype} {tuple(tokens.shape)}")
-    if tokens.device.type == "cpu" and not 0 <= tokens.min() <= tokens.max() < vocab_size:
+    if numbers_are_at_hand(tokens) and not 0 <= tokens.min() <= tokens.max() < vocab_size:
         raise ValueError(f"tokens must lie in 0 and below {vocab_size}, got {tokens.min()} to {tokens.max()}")
 
 
@@ -105,7 +110,7 @@ def check_positions(positions, tokens):
         got = f"{positions.dtype} {tuple(positions.shape)}"
         raise ValueError(f"positions must be int64 of shape (B, n) with B = {len(tokens)}, got {got}")
     T = tokens.shape[1]
-    if positions.device.type == "cpu" and positions.numel() and not 0 <= positions.min() <= positions.max() < T:
+    if numbers_are_at_hand(positions) and positions.numel() and not 0 <= positions.min() <= positions.max() < T:
         raise ValueError(f"positions must lie in 0 and below {T}, got {positions.min()} to {positions.max()}")
 
 

@@ -277,7 +277,9 @@ FAULTS += of("03_model.py", "test_03_model.py", [
      "logits, states = model.prefill(tokens)\n    for"),
     ("generate forgets what it said", "logits, states = model.step(chosen, states)",
      "logits, _ = model.step(chosen, states)"),
-    ("a negative temperature is taken", "if temperature < 0 or (", "if ("),
+    ("a negative temperature is taken", "if not temperature >= 0 or (", "if ("),
+    ("no number is a temperature", "if not temperature >= 0 or (", "if temperature < 0 or ("),
+    ("the coldest temperature overflows", "        if temperature < COLDEST:\n", "        if temperature == 0:\n"),
     ("numbers for bytes of a state", "return state.nbytes", "return state.numel()"),
     ("conv_attention is softmax twice", 'return ("short_conv", "attention" if',
      'return ("attention", "attention" if'),
@@ -974,7 +976,15 @@ FAULTS += of("rebased/files.py", "test_files.py", [
     ("half a line stays", 'file.truncate(file.read().rfind(b"\\n") + 1)', "pass"),
     ("a torn last line is a row", '        if not line.endswith(b"\\n"):\n            break\n',
      ""),
-    ("a row may lack a field", "        if missing:\n", "        if False:\n"),
+    ("a row may lack a field", 'elif not name.endswith("?"):', "elif False:"),
+    ("a list may be empty", "        return len(value) > 0\n", "        return True\n"),
+    ("true is a number", "isinstance(value, kind) and (not isinstance(value, bool) or kind in (bool, object))",
+     "isinstance(value, kind)"),
+    ("a length may lack a cell", "                if cell not in row[field]:\n", "                if False:\n"),
+    ("items of a list are not looked at", "        for number, item in enumerate(value):\n", "        for number, item in ():\n"),
+]) + of("experiments/mqar_report.py", "test_rows.py", [
+    ("shares in some cells only", "for share in (\"right\", \"others\", \"filler\")}) > 1:",
+     "for share in (\"right\", \"others\", \"filler\")}) > 2:"),
 ])
 FAULTS += of("rebased/pile_run.py", "test_05_train_pile.py", [
     ("the log is doubled on resume", 'with open(place, "w", encoding="utf-8") as file, tqdm(',
@@ -1025,7 +1035,6 @@ FAULTS += of("experiments/pile_sample.py", "test_experiments_pile.py", [
      "generate(model, tokens[:, -1:], length, temperature, top_k)"),
     ("the last token is read twice", "states = read_context(model, torch.tensor([ids[:-1]], device=device), states)",
      "states = read_context(model, torch.tensor([ids], device=device), states)"),
-    ("a coldest temperature overflows", "    if options.temperature < COLDEST:\n", "    if False:\n"),
 ])
 FAULTS += of("experiments/pile_report.py", "test_experiments_pile.py", [
     ("softmax costs as a kernel does", "flops += 3 * 2 * T * config.d_model", "flops += 3 * 2 * config.d_model"),

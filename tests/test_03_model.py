@@ -485,9 +485,19 @@ def test_unusable_tokens_are_named():
     _, states = language_model.prefill(TOKENS)
     with pytest.raises(ValueError, match="25 learned positions"):
         language_model.step(TOKENS[:, 0], states)
-    for options in ({"temperature": -1.0}, {"top_k": 0}):
+    for options in ({"temperature": -1.0}, {"temperature": math.nan}, {"top_k": 0}):
         with pytest.raises(ValueError, match="need temperature"):
             list(m.generate(language_model, TOKENS, 1, **options))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_temperature_near_0_is_greedy(dtype):
+    """Logits divided by 1e-45 would be infinite, and by 1e-310 too."""
+    language_model = small("rebased").to(dtype)
+    greedy = torch.stack(list(m.generate(language_model, TOKENS, 4)), 1)
+    for temperature in (1e-310, 1e-45, 1e-30):
+        found = torch.stack(list(m.generate(language_model, TOKENS, 4, temperature)), 1)
+        assert torch.equal(found, greedy)
 
 
 @pytest.mark.parametrize("mixer", ["rebased", "short_conv"])

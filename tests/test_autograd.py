@@ -94,6 +94,31 @@ def test_torch_func_works_with_the_readable_forms():
         torch.testing.assert_close(torch.func.grad(lambda x, form=form: form(x, x, x, KERNEL).sum())(one), expected)
 
 
+def per_sample_gradients(language_model, tokens):
+    """Of the sum of all logits, by parameter: tokens (B, T) -> (B, *parameter)."""
+    parameters = dict(language_model.named_parameters())
+
+    def of_one(parameters, tokens):
+        return torch.func.functional_call(language_model, parameters, (tokens.unsqueeze(0),)).square().sum()
+
+    return torch.func.vmap(torch.func.grad(of_one), (None, 0))(parameters, tokens)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_per_sample_gradients_of_a_model():
+    """With softmax they are those of each sample alone; with a kernel the error names the forms that can do it."""
+    tokens = torch.randint(20, (3, 9), generator=torch.Generator().manual_seed(0))
+    softmax = model.LanguageModel(model.ModelConfig(("short_conv", "attention"), 20, 8)).double()
+    found = per_sample_gradients(softmax, tokens)
+    for number in range(3):
+        softmax.zero_grad()
+        softmax(tokens[number : number + 1]).square().sum().backward()
+        for name, parameter in softmax.named_parameters():
+            torch.testing.assert_close(found[name][number], parameter.grad)
+    with pytest.raises(RuntimeError, match="torch.func cannot look into .* quadratic_attention of 02"):
+        per_sample_gradients(model.LanguageModel(model.ModelConfig(("rebased",), 20, 8)), tokens)
+
+
 @pytest.mark.parametrize("mixer", ["rebased", "based", "elementwise", "attention"])
 def test_the_meta_device_gives_shapes(mixer):
     with torch.device("meta"):
