@@ -981,10 +981,11 @@ FAULTS += of("rebased/files.py", "test_files.py", [
     ("true is a number", "isinstance(value, kind) and (not isinstance(value, bool) or kind in (bool, object))",
      "isinstance(value, kind)"),
     ("a length may lack a cell", "                if cell not in row[field]:\n", "                if False:\n"),
-    ("items of a list are not looked at", "        for number, item in enumerate(value):\n", "        for number, item in ():\n"),
+    ("items of a list are not looked at", "        for number, item in enumerate(value):\n",
+     "        for number, item in ():\n"),
 ]) + of("experiments/mqar_report.py", "test_rows.py", [
-    ("shares in some cells only", "for share in (\"right\", \"others\", \"filler\")}) > 1:",
-     "for share in (\"right\", \"others\", \"filler\")}) > 2:"),
+    ("shares in some cells only", 'for share in ("right", "others", "filler")}) > 1:',
+     'for share in ("right", "others", "filler")}) > 2:'),
 ])
 FAULTS += of("rebased/pile_run.py", "test_05_train_pile.py", [
     ("the log is doubled on resume", 'with open(place, "w", encoding="utf-8") as file, tqdm(',
