@@ -485,6 +485,14 @@ def test_a_sample_at_temperature_0_is_the_greedy_continuation(trained):
     assert text == bytes(i for i in expected if i).decode("utf-8", "replace")
 
 
+def test_a_sample_begins_a_document(trained, monkeypatch):
+    """The separator stands before the prompt, as it does before every document of the data."""
+    read = []
+    monkeypatch.setattr(model, "generate", lambda model, begin, *_: read.append(begin.tolist()) or iter(()))
+    assert train_pile.sample(trained.model, tokens.Bytes(), "xy") == "xy"
+    assert read == [[[tokens.Bytes().separator, *b"xy"]]]
+
+
 def test_a_sample_ends_with_the_document(trained, monkeypatch):
     monkeypatch.setattr(model, "generate", lambda *_: (torch.tensor([i]) for i in [*b"ab", 0, *b"cd"]))
     assert train_pile.sample(trained.model, tokens.Bytes(), "x") == "xab"

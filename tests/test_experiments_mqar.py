@@ -250,11 +250,17 @@ def test_dropout_is_for_training_alone(monkeypatch):
         modes.append(trained.training)
         return step(trained, *rest)
 
+    def measured(trained, *rest):
+        modes.append(trained.training)
+        return accuracy_of(trained, *rest)
+
+    accuracy_of = mqar.accuracy
     monkeypatch.setattr(train_mqar, "training_step", watched)
+    monkeypatch.setattr(mqar, "accuracy", measured)
     run = mqar.Run("conv_attention", 16, 2, 32, 0.01, 0)
     experiment = small(dropout=0.5, softmax_epochs=2, examples=320, stop_at=2.0)
     trained, history = mqar.train(run, experiment)
-    assert modes == [True] * 20 and not trained.training
+    assert modes == 2 * (10 * [True] + [False]) and not trained.training
     _, accuracy = answers(trained, *train_mqar.make_mqar(64, 16, 2, 16, 0.01, seed=2**31))
     assert history["accuracies"][-1] == pytest.approx(accuracy)
 
