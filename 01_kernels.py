@@ -671,7 +671,8 @@ if __name__ == "__main__":
 # sum is a single weight w, and without a floor it can almost vanish. Then ε pulls the output
 # towards 0, where it should be the first value itself: v₀ · w / (w + ε). So ε must be small beside
 # the smallest weights that occur. We take ε = 1e-12, in one place for all forms (`EPS` of
-# `rebased/__init__.py`).
+# `rebased/__init__.py`). (At the other end float32 itself ends, at 3e38: where the weights of a
+# query add up to more, its output is 0 or no number.)
 #
 # There is a second price. The square of a tiny s is a tiny number, known to seven digits in
 # float32. But φ(q)·φ(k) is a *sum* of products with either sign, and where the sum is tiny they

@@ -302,6 +302,16 @@ def test_rows_whose_weights_are_all_nearly_0(name, form):
         assert la.relative_error([o.double()], [expected]) < bound
 
 
+@pytest.mark.parametrize("form", ALL)
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+def test_weights_beyond_float32_give_0_or_no_number(form, size):
+    """As 01 says: never a finite number that is not 0."""
+    for name in NAMES:
+        q, k, v = positive_example(20, Dv=3)
+        o = form(1e30 * q, 1e30 * k, size * v, kernels.KERNELS[name](16))
+        assert not (o.isfinite() & (o != 0)).any(), name
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["rebased", "based"])
 def test_a_million_tokens_in_pieces(name):
