@@ -627,7 +627,7 @@ def test_broken_rows_are_named(tmp_path, capsys):
         with pytest.raises(SystemExit) as stop:
             call()
         assert stop.value.code == 2
-        named = "line 1 has no 'length'|line 1 is not a row|is no file of rows"
+        named = "line 1: the row has no 'seed'|line 1 is not a row|is no file of rows"
         assert re.search(named, capsys.readouterr().err.splitlines()[-1])
 
 

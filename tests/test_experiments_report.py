@@ -233,7 +233,7 @@ def test_rows_of_the_lesson_are_reported_too(tmp_path, capsys):
     for seed, (before, after) in enumerate([(0.3, 0.9), (0.4, 0.8)]):
         row = longer_row("based", seed, before)
         changed = longer_row("based", seed, after)["cells"]
-        lesson_row = {k: row[k] for k in mqar_report.ROW}
+        lesson_row = {k: row[k] for k in mqar_report.ROW if not k.endswith("?")}
         lesson_row |= {"role": "report", "steps": 1200, "cells_without_floor": changed}
         for cell in [*lesson_row["cells"].values(), *changed.values()]:
             cell.pop("iou", None)
