@@ -193,7 +193,7 @@ def test_the_tables_come_from_rows_alone(trained, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "python 05" in shown and "bits per byte" in shown and "of the peak" in shown
     (tmp_path / "rows.jsonl").write_text(json.dumps({"mixer": "x"}) + "\n", encoding="utf-8")
-    with pytest.raises(Refusal, match="has no 'settings'"):
+    with pytest.raises(Refusal, match="the row has no '"):
         pile_report.main([str(tmp_path / "rows.jsonl")])
 
 
