@@ -1,6 +1,6 @@
 """Sixty kills: what was under way is done again, and the end is that of a run that nobody disturbed.
 
-  python -m pytest -m slow tests/test_kills.py -s      (three minutes on two quiet cores; prints tried and survived)
+  python -m pytest -m slow tests/test_kills.py -s      (minutes on two quiet cores; prints tried and survived)
 
 Four kinds of work: a sweep of 04 with its workers, tokenisation, the training of 05, and writing one checkpoint after
 the other. Three signals; they go to the process, to its worker, or to the whole group, as a terminal sends them. The
@@ -30,7 +30,9 @@ pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="without fork; what Windows does is not tried"),
 ]
 ROOT = Path(__file__).resolve().parents[1]
-SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+SIGNALS = ("SIGKILL", "SIGTERM", "SIGINT")
+# Kills that must hit, sixty together. More are planned of what may be done before its kill comes.
+AT_LEAST = {"tokenisation": 18, "training": 15, "checkpoint": 18, "sweep": 9}
 WAIT = 900  # seconds for anything, on a machine that others use
 
 
@@ -46,7 +48,7 @@ def wait_until(condition):
 
 def kills_of(number, targets, seed):
     """(signal, target), every pair as often as any other, in an order of their own."""
-    pairs = list(itertools.product(SIGNALS, targets))
+    pairs = list(itertools.product([getattr(signal, name) for name in SIGNALS], targets))
     chosen = [pairs[i % len(pairs)] for i in range(number)]
     random.Random(seed).shuffle(chosen)
     return chosen
@@ -61,7 +63,7 @@ def send(kind, target, pid):
 
 def say(work, tried, survived):
     print(f"\n{work}: {tried} kills tried, {survived} survived")
-    assert survived == tried
+    assert survived == tried >= AT_LEAST[work]
 
 
 # A process of its own for work that needs no fresh interpreter
@@ -90,6 +92,14 @@ def leads_a_group(process):
         return True
 
 
+def killed(process, kind, target):
+    """Send a signal and wait for the end; whether it came before the work was done."""
+    in_time = process.is_alive()
+    if in_time:
+        send(kind, target, process.pid)
+    return end(process) != 0 and in_time
+
+
 def end(process):
     process.join(WAIT)
     assert process.exitcode is not None, "it hangs"
@@ -104,21 +114,19 @@ def test_tokenisation(tmp_path, monkeypatch):
     chance = random.Random(0)
     tried = 0
     survived = 0
-    for kind, target in kills_of(18, ("process", "group"), seed=0):
+    for kind, target in kills_of(30, ("process", "group"), seed=0):
         folder = tmp_path / "killed"
         process = in_fork(tokenise, source, folder)
         time.sleep(chance.random() * 0.15)
-        if process.is_alive():
-            tried += 1
-            send(kind, target, process.pid)
-        end(process)
+        hit = killed(process, kind, target)
+        tried += hit
         last = tokenise(source, folder) if tried % 3 == 0 else expected  # else the next one goes on from there
-        survived += last == expected
+        survived += hit and last == expected
         if (folder / "manifest.json").exists() and json.loads((folder / "manifest.json").read_bytes())["complete"]:
             for path in folder.iterdir():
                 path.unlink()
     assert tokenise(source, tmp_path / "killed") == expected
-    say("tokenisation", tried, min(survived, tried))
+    say("tokenisation", tried, survived)
 
 
 def tokenise(source, folder):
@@ -130,19 +138,16 @@ def tokenise(source, folder):
 # Training
 def test_training(tmp_path):
     data = tokens.load_data([make_data(tmp_path)], tokens.make_vocabulary("bytes"), 0.2, tmp_path / "tokens")
-    chosen = settings(steps=60, save_every=1)
+    chosen = settings(steps=90, save_every=1)
     assert end(in_fork(training, chosen, data, tmp_path / "whole")) == 0
     expected = weights(tmp_path / "whole")
     tried = 0
-    for kind, target in kills_of(15, ("process", "group"), seed=1):
+    for kind, target in kills_of(18, ("process", "group"), seed=1):
         before = steps_kept(tmp_path / "killed")
         process = in_fork(training, chosen, data, tmp_path / "killed")
         wait_until(lambda: steps_kept(tmp_path / "killed") > before + 1 or not process.is_alive())  # noqa: B023
         time.sleep(random.Random(before).random() * 0.03)
-        if process.is_alive():
-            tried += 1
-            send(kind, target, process.pid)
-        end(process)
+        tried += killed(process, kind, target)
     assert end(in_fork(training, chosen, data, tmp_path / "killed")) == 0
     found = weights(tmp_path / "killed")
     same = all(torch.equal(found[name], expected[name]) for name in expected)
@@ -179,11 +184,10 @@ def test_writing_a_checkpoint(tmp_path):
         assert wait_until(path.exists)
         time.sleep(chance.random() * 0.05)
         promised = json.loads((tmp_path / "promised").read_bytes() or b"0") if (tmp_path / "promised").exists() else 0
-        tried += 1
-        send(kind, target, process.pid)
-        end(process)
+        hit = killed(process, kind, target)
+        tried += hit
         found = files.load_tensors(path)  # refuses half a file
-        survived += bool((found["x"] == found["n"]).all()) and found["n"] >= promised
+        survived += hit and bool((found["x"] == found["n"]).all()) and found["n"] >= promised
         (tmp_path / "promised").unlink(missing_ok=True)
     say("checkpoint", tried, survived)
 
@@ -198,19 +202,21 @@ def write_for_ever(path):
 # A sweep
 def test_sweep(tmp_path):
     """Parent, worker, or all at once. A worker is deaf to Ctrl-C: then the sweep goes on, and the next kill hits it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job hands down that it is ignored
     whole = sweep(tmp_path, "whole")
     assert whole.wait(WAIT) == 0
     kills = kills_of(9, ("parent", "worker", "group"), seed=3)
     tried = 0
+    starts = 0
     process = None
-    while kills:
+    while kills and len(rows_of(tmp_path, "killed")) < SEEDS and starts < 30:
         if process is None or process.poll() is not None:
             process = sweep(tmp_path, "killed")
+            starts += 1
         before = len(rows_of(tmp_path, "killed"))
-        if not wait_until(lambda: len(rows_of(tmp_path, "killed")) > before or process.poll() is not None):  # noqa: B023
-            break
+        assert wait_until(lambda: len(rows_of(tmp_path, "killed")) > before or process.poll() is not None)  # noqa: B023
         if process.poll() is not None:
-            break  # all done
+            continue  # all done, or the last signal reached it late
         kind, target = kills.pop()
         worker = worker_of(process.pid)
         send(kind, target, worker if target == "worker" and worker else process.pid)
@@ -222,12 +228,15 @@ def test_sweep(tmp_path):
         process.wait(WAIT)
     assert sweep(tmp_path, "killed").wait(WAIT) == 0
     same = rows_of(tmp_path, "killed") == rows_of(tmp_path, "whole")
-    assert len(rows_of(tmp_path, "killed")) == 12 and not list(tmp_path.glob("*.unfinished"))
+    assert len(rows_of(tmp_path, "killed")) == SEEDS and not list(tmp_path.glob("*.unfinished"))
     say("sweep", tried, tried if same else 0)
 
 
+SEEDS = 16
+
+
 def sweep(folder, name):
-    seeds = [str(seed) for seed in range(12)]
+    seeds = [str(seed) for seed in range(SEEDS)]
     small = ["--mixers", "rebased", "--steps", "20", "--lengths", "128", "--workers", "1", "--seeds", *seeds]
     where = ["--output", str(folder / f"{name}.jsonl"), "--figure", str(folder / f"{name}.png")]
     return subprocess.Popen(
