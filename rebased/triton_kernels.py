@@ -60,6 +60,12 @@ MISSING = (
     "rebased.triton_kernels needs Triton (Linux: pip install triton==3.7.1); "
     "everything else runs without it"
 )
+TOO_OLD = (
+    "rebased.triton_kernels needs PyTorch 2.7 or a newer one, which can read the signatures of its "
+    f"operations; this one is {torch.__version__}, and everything else runs with it"
+)
+if torch.__version__ < "2.7":
+    raise ImportError(TOO_OLD)
 try:
     import triton
     import triton.language as tl

@@ -784,6 +784,23 @@ def test_without_triton_one_line_and_nothing_else_breaks():
     assert done.stdout.splitlines() == ["torch.Size([1, 1, 4, 16])", gpu.MISSING], done.stderr
 
 
+@compiles
+def test_with_an_old_pytorch_one_line_and_nothing_else_breaks():
+    """PyTorch 2.6 cannot read list[float] in the signature of an operation."""
+    code = (
+        "import torch; torch.__version__ = type(torch.__version__)('2.6.0+cu124')\n"
+        "from rebased import linear_attention\n"
+        "print(linear_attention.has_triton())\n"
+        "try:\n"
+        "    from rebased import triton_kernels\n"
+        "except ImportError as error:\n"
+        "    print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    found, message = done.stdout.splitlines()
+    assert found == "False" and "needs PyTorch 2.7" in message and "2.6.0+cu124" in message, done.stderr
+
+
 # Compiled for cards that are not there
 @compiles
 @pytest.mark.slow

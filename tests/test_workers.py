@@ -12,7 +12,7 @@ from rebased import lesson, workers
 def work(run, report):
     """A run is a number of steps, or what happens to its worker."""
     if run == "die":
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))  # Windows has no SIGKILL
     if run == "fail":
         raise ZeroDivisionError("on purpose")
     report(run, 0.5, 0.25)
