@@ -267,6 +267,14 @@ def test_wkv_is_right_where_exponentials_overflow():
     assert largest.item() == 999
 
 
+def test_wkv_with_a_first_that_exp_cannot_hold():
+    """e^100 overflows float32. With it a token outweighs all before; with e^−100 it is nothing beside them."""
+    k, v = torch.zeros(3, 1, 2), torch.tensor([1.0, 2.0, 4.0]).view(3, 1, 1).expand(3, 1, 2)
+    start = torch.zeros(1, 2, 2), torch.full((1, 2), -torch.inf)
+    y, _, _ = rwkv.wkv(k, v, torch.full((2,), -20.0), torch.tensor([100.0, -100.0]), *start)  # w = −2e-9
+    torch.testing.assert_close(y[:, 0], torch.tensor([[1.0, 1.0], [2.0, 1.0], [4.0, 1.5]]))
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("name", NAMES)
 def test_autocast_keeps_float32_states(name):
@@ -277,6 +285,29 @@ def test_autocast_keeps_float32_states(name):
         y, state = layer(x.float(), state, return_state=True)
     assert y.isfinite().all()
     assert state[1].dtype == torch.float32
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", NAMES)
+def test_a_layer_in_half_precision_keeps_float32_states(name):
+    """Sums that go on for thousands of tokens; the result is as far off as its inputs and outputs are rounded."""
+    layer, x = example(name)
+    expected = layer(x)
+    y, state = layer.bfloat16()(x.bfloat16(), return_state=True)
+    assert y.dtype == torch.bfloat16 and state[1].dtype == torch.float32
+    assert relative_error([y.double()], [expected]) < 0.03
+
+
+@torch.no_grad()
+def test_autocast_does_not_reach_the_selective_scan():
+    """Its products with the state are those of float32, bit by bit."""
+    u, dt = torch.rand(2, 40, 3, 8)
+    write, read = torch.rand(2, 40, 3, 5)
+    inputs = u, dt, -torch.rand(5, 8), write, read, torch.rand(3, 5, 8)
+    expected = mamba.selective_scan(*inputs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = mamba.selective_scan(*inputs)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
 
 
 @pytest.mark.slow

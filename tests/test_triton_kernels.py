@@ -768,6 +768,24 @@ def test_dropping_delta_is_caught(tmp_path):
     assert max(found["o"], found["dv"]) <= 1e-5 and min(found["dq"], found["dk"]) > 0.1, found
 
 
+@runs
+def test_weights_that_are_all_0_give_0():
+    """ε is what 0 is divided by; gradients are finite, too."""
+    q, k, v, upstream = inputs_of(16, 5)
+    with torch.no_grad():
+        q.zero_()
+    o, *gradients = values_and_gradients(lambda q, k, v: gpu.chunked_attention(q, k, v, REBASED), [q, k, v], upstream)
+    assert (o == 0).all() and all(gradient.isfinite().all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("kernel", [gpu.state_kernel, gpu.output_kernel, gpu.query_kernel, gpu.key_kernel])
+def test_float32_is_multiplied_exactly(kernel):
+    """Triton's own choice for float32 would be tf32. The interpreter does not see the difference."""
+    for dtype, expected in ((torch.float32, "ieee"), (torch.float16, "tf32")):
+        arguments = gpu.compiler_arguments(kernel, 16, 64, 160, dtype, 512, False)
+        assert arguments["PRECISION"] == expected and arguments["DTYPE"] == gpu.tl.float32
+
+
 @compiles
 def test_without_triton_one_line_and_nothing_else_breaks():
     code = (
