@@ -62,6 +62,16 @@ def test_scans_at_every_length(T):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
+def test_a_gradient_that_comes_in_stays_as_it_is():
+    """The scan backwards works in place, on a copy: the gradient belongs to the caller."""
+    a, b, h = torch.rand(9, 2, 1, 3), torch.rand(9, 2, 4, 3), torch.rand(2, 4, 3)
+    inputs = [x.double().requires_grad_() for x in (a, b, h)]
+    upstream = torch.rand(10, 2, 4, 3, dtype=torch.float64)
+    before = upstream.clone()
+    torch.autograd.grad(scan.Recurrence.apply(*inputs), inputs, upstream)
+    assert torch.equal(upstream, before)
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
     "T, B, d_model", [(1, 1, 1), (1, 2, 8), (2, 1, 3), (16, 2, 8), (17, 1, 33), (50, 5, 4), (37, 3, 12)]
