@@ -302,8 +302,9 @@ def count_slots(T, segment, edge, keep):
     keep: whether the sum of all segments is asked for: the final state, in the mirror the gradient
     of an initial one.
     """
-    segments = -(-T // segment)
-    slots = segments + keep
+    slots = -(-T // segment)
+    if keep:
+        slots += 1
     if slots == 1 and not edge:
         return 0  # slot 0 alone, and nothing in it
     return slots
