@@ -17,6 +17,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from statistics import fmean
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from rebased import files, lesson, train_mqar
@@ -211,7 +212,7 @@ def cell_of(row):
 def score(row):
     """What a rate is chosen by: the mean accuracy over all tested contexts; the best epoch where there is one."""
     if len(row["cells"]) > 1:
-        return sum(cell["accuracy"] for cell in row["cells"].values()) / len(row["cells"])
+        return fmean(cell["accuracy"] for cell in row["cells"].values())
     return best_accuracy(row)
 
 
@@ -221,9 +222,9 @@ def best_accuracy(row):
 
 
 def mean_std(values):
-    """(mean, standard deviation over seeds): 0 for one seed."""
-    mean = sum(values) / len(values)
-    return mean, math.sqrt(sum((value - mean) ** 2 for value in values) / max(1, len(values) - 1))
+    """(mean, standard deviation over seeds): 0 for one seed. Exact sums: `sum` adds otherwise from Python 3.12 on."""
+    mean = fmean(values)
+    return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / max(1, len(values) - 1))
 
 
 def scores_by_rate(rows):
@@ -606,12 +607,12 @@ def print_placed(rows):
             ends = [row["placed"][name][-1] for row in own if row["placed"].get(name)]
             entry = "–"
             if ends:
-                mean, std = (sum(values) / len(ends) for values in zip(*ends, strict=True))
+                mean, std = (fmean(values) for values in zip(*ends, strict=True))
                 entry = f"{mean:.3f} ± {std:.3f}"
             entries += f"{entry:>17}"
         left = "–"
         if "gamma_q" in own[0]["placed"]:
-            left = f"{sum(decay_alone(row) for row in own) / len(own):.3f}"
+            left = f"{fmean(decay_alone(row) for row in own):.3f}"
         print(f"{title(mixer):18}{T:6,}{d:5}{entries}{left:>13}")
 
 

@@ -80,6 +80,7 @@ def test_a_notebook_keeps_its_backend_and_its_figures(tmp_path, monkeypatch):
     """Drawn, shown with its description, and nothing of what the notebook has set or opened is another."""
     matplotlib = pytest.importorskip("matplotlib")
     pyplot = pytest.importorskip("matplotlib.pyplot")
+    pytest.importorskip("matplotlib_inline")
     inline = "module://matplotlib_inline.backend_inline"
     monkeypatch.setenv("MPLBACKEND", inline)
     monkeypatch.setitem(matplotlib.rcParams, "backend", inline)
