@@ -86,6 +86,23 @@ def test_tokenizers_whose_pieces_carry_spaces_keep_them(tmp_path, monkeypatch, k
     assert train_pile.sample(small, vocabulary, begin) == f"{begin} {rest}"
 
 
+def test_a_text_goes_on_after_all_that_was_read(trained, monkeypatch):
+    """The last token, and the state of all before it: no token is read twice, and none is forgotten."""
+    _, small, *_ = trained
+    given = []
+
+    def generate(model, tokens, steps, temperature, top_k=None, states=None):
+        given.append((tokens.tolist(), model.step(tokens[:, 0], states)[0]))
+        return iter(())
+
+    monkeypatch.setattr(pile_sample.models, "generate", generate)
+    ids = [0, *b"once upon"]
+    list(pile_sample.stream_text(small, tokens.Bytes(), ids, 5, 0.0))
+    ((last, logits),) = given
+    assert last == [[ids[-1]]]
+    torch.testing.assert_close(logits, small(torch.tensor([ids]))[:, -1], rtol=1e-4, atol=1e-5)
+
+
 def test_a_temperature_near_0_is_greedy(trained, capsys):
     checkpoint, *_ = trained
     shown = []
