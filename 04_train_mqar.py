@@ -31,7 +31,6 @@ Run: python 04_train_mqar.py              (3 attentions × 5 seeds: 5 minutes on
 """
 
 # %%
-import argparse
 import json
 import math
 from dataclasses import asdict, dataclass
@@ -41,7 +40,7 @@ import torch
 import torch.nn.functional as F
 
 # kernels: 01_kernels.py; model: 03_model.py; train_mqar: this file, as processes import it
-from rebased import files, kernels, lesson, model, train_mqar, workers
+from rebased import files, kernels, lesson, model, mqar_options, train_mqar, workers
 from rebased.checks import check_recall_task
 
 # %% [markdown]
@@ -264,6 +263,20 @@ def train(run, report=lambda steps, loss, accuracy: None):
     return recall_model.eval()
 
 # %% [markdown]
+# Which of them are run can be chosen on the command line (`--help` says how), or in a notebook by
+# `%run 04_train_mqar.py --seeds 0`. It is read now, so that a mistake there costs no training.
+
+# %%
+def parse_options(argv=None):
+    """What to run, and where to put it."""
+    mixers = ["conv_attention", "attention", *kernels.KERNELS]
+    return mqar_options.read_options(mixers, list(LEARNING_RATES), Run, STEPS, argv)
+
+
+if __name__ == "__main__":
+    options = parse_options()
+
+# %% [markdown]
 # Small first: two pairs in 16 tokens, with the attention of Based. To guess among the eight values
 # is right one time in eight; to name one of the two that occurred, without recall, every second
 # time.
@@ -459,42 +472,10 @@ def all_rows(runs, path, processes):
     return [found[run] for run in runs]
 
 # %% [markdown]
-# What is run can be chosen on the command line, or in a notebook by `%run 04_train_mqar.py --seeds
-# 0`. It is run seed by seed, so that an interrupted table has whole seeds.
+# Each attention for each seed makes a run. They are run seed by seed, so that an interrupted table
+# has whole seeds.
 
 # %%
-def seed_number(text):
-    """An argparse type: a seed of a run."""
-    if not (text.isascii() and text.isdecimal()) or int(text) >= TEST_SEED:
-        raise argparse.ArgumentTypeError(f"a seed is at least 0 and below 2**31, got {text!r}")
-    return int(text)
-
-
-def parse_options(argv=None):
-    """What to run, and where to put it. Ends with one line for what cannot be run."""
-    mixers = ["conv_attention", "attention", *kernels.KERNELS]
-    count = lesson.positive_integer
-    parser = argparse.ArgumentParser(description="04: train on associative recall, test longer")
-    add = parser.add_argument
-    add("--mixers", nargs="+", choices=mixers, default=list(LEARNING_RATES), metavar="MIXER",
-        help=f"from {', '.join(mixers)}; conv_attention is softmax (%(default)s)")
-    add("--seeds", nargs="+", type=seed_number, default=[0, 1, 2, 3, 4], metavar="SEED",
-        help="(%(default)s)")
-    add("--steps", type=count, default=STEPS, help="of training (%(default)s)")
-    add("--lengths", nargs="+", type=count, default=list(Run.test_lengths), metavar="T",
-        help="contexts to test at (%(default)s)")
-    add("--workers", type=count, default=lesson.usable_cores(), help="processes (%(default)s)")
-    add("--output", type=lesson.writable_path, default="runs/mqar.jsonl", help="(%(default)s)")
-    add("--figure", type=lesson.figure_path, default="runs/mqar.png", help="(%(default)s)")
-    options = lesson.parse_arguments(parser, argv)
-    if options.output.resolve() == options.figure.resolve():
-        parser.error(f"--output and --figure are both {options.figure}; rows need a file of theirs")
-    options.lengths = sorted(set(options.lengths))
-    if options.lengths[0] < 4 * Run.pairs:
-        parser.error(f"--lengths: {Run.pairs} pairs and their queries need {4 * Run.pairs} places")
-    return options
-
-
 def planned_runs(options):
     """Every mixer for every seed."""
     runs = []
@@ -509,7 +490,6 @@ def planned_runs(options):
 
 
 if __name__ == "__main__":
-    options = parse_options()
     rows = lesson.obey(
         lambda: all_rows(planned_runs(options), options.output, options.workers),
         after_a_stop=f"finished runs are in {options.output}; the same command goes on from there",

@@ -475,7 +475,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="What the floor of a kernel costs, from six sides")
     add = parser.add_argument
     add("parts", nargs="*", metavar="PART", help=f"from {', '.join(PARTS)} (all)")
-    add("--seeds", nargs="+", type=train_mqar.seed_number, default=list(range(10)), metavar="SEED",
+    add("--seeds", nargs="+", type=lesson.seed_number, default=list(range(10)), metavar="SEED",
         help="of the reported runs (0 to 9); ladder takes the first five, controls three, predict two")
     add("--workers", type=lesson.positive_integer, default=lesson.usable_cores(), help="processes (%(default)s)")
     add("--output", type=lesson.writable_path, default="runs/floor.jsonl", help="rows (%(default)s)")

@@ -43,7 +43,6 @@ from rebased import (
     linear_attention,
     pile_settings,
     tokens,
-    train_mqar,
     train_pile,
     workers,
 )
@@ -681,7 +680,7 @@ def make_parser():
     parser = argparse.ArgumentParser(description="What the floor does to small language models beyond 512 bytes")
     add = parser.add_argument
     add("--mixers", nargs="+", choices=MIXERS, default=MIXERS, help="(all four)")
-    add("--seeds", nargs="+", type=train_mqar.seed_number, default=[0, 1, 2], help="(0 1 2)")
+    add("--seeds", nargs="+", type=lesson.seed_number, default=[0, 1, 2], help="(0 1 2)")
     add("--steps", type=lesson.positive_integer, default=Experiment.steps, help="(%(default)s)")
     rate = lesson.learning_rate
     add("--learning-rate", type=rate, default=Experiment.learning_rate, help="of all models (%(default)s)")

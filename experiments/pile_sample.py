@@ -116,7 +116,7 @@ def read_options(argv=None):
     parser.add_argument("--length", type=lesson.positive_integer, default=300, help="tokens to generate (%(default)s)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest (%(default)s)")
     parser.add_argument("--top-k", type=lesson.positive_integer, help="choose among the likeliest k only")
-    parser.add_argument("--seed", type=pile_settings.seed_number, default=0, help="(%(default)s)")
+    parser.add_argument("--seed", type=lesson.seed_number, default=0, help="(%(default)s)")
     parser.add_argument("--device", help="cpu, cuda, ... (cuda if there is one)")
     parser.add_argument("--tokenizer-file", type=Path, help="a local tokenizer.json")
     options = lesson.parse_arguments(parser, argv)

@@ -269,6 +269,13 @@ def positive_integer(text):
     return int(text)
 
 
+def seed_number(text):
+    """An argparse type: a seed; from 2³¹ on the tests of 04 have theirs."""
+    if not (text.isascii() and text.isdecimal() and len(text) <= 10) or int(text) >= 2**31:
+        raise argparse.ArgumentTypeError(f"a seed is at least 0 and below 2**31, got {text[:40]!r}")
+    return int(text)
+
+
 def at_least(kind, least, strict=False):
     """An argparse type: a finite number that is >= least, or > least if strict."""
 

@@ -92,13 +92,6 @@ PRESETS = {
 }
 
 
-def seed_number(text):
-    """An argparse type: a seed, of the same bounds as the setting."""
-    if not (text.isascii() and text.isdecimal() and len(text) <= 10) or int(text) >= MOST:
-        raise argparse.ArgumentTypeError(f"a seed is at least 0 and below 2**31, got {text!r}")
-    return int(text)
-
-
 def read_options(mixers, argv=None):
     """(options, Settings) of the command line; mixers: the names to choose from. Raises Refusal."""
     defaults = " ".join(f"{field.name}={field.default}" for field in fields(Settings))

@@ -456,6 +456,19 @@ def test_impossible_settings_are_named(arguments, message, capsys):
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_rows_and_figure_are_two_files(tmp_path, capsys):
+    one = str(tmp_path / "q.png")
+    with pytest.raises(SystemExit):
+        train_mqar.parse_options(["--output", one, "--figure", one])
+    assert "rows need a file of theirs" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_a_mistake_on_the_command_line_costs_no_training(tmp_path):
+    """It is said before the first model of the lesson is trained."""
+    done = subprocess.run([sys.executable, str(LESSON), "--seeds", "x"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and "a seed is at least 0" in done.stderr and "steps     loss" not in done.stdout
+
+
 def test_the_main_job(tmp_path):
     options = train_mqar.parse_options(command(tmp_path)[-4:])
     runs = train_mqar.planned_runs(options)
