@@ -1026,7 +1026,7 @@ FAULTS += of("rebased/workers.py", "test_workers.py", [
 FAULTS += of("rebased/mqar_options.py", "test_04_train_mqar.py", [
     ("lengths unsorted and twice", "options.lengths = sorted(set(options.lengths))",
      "options.lengths = list(options.lengths)"),
-    ("rows and figure in one file", "    if options.output.resolve() == options.figure.resolve():\n", "    if False:\n"),
+    ("rows and figure in one file", "if options.output.resolve() == options.figure.resolve():", "if False:"),
     ("a context without room for its pairs", "    if options.lengths[0] < 4 * run.pairs:\n", "    if False:\n"),
 ])
 FAULTS += of("experiments/sweep.py", "test_experiments_mqar.py", [

@@ -126,3 +126,17 @@ def test_an_edited_row_is_read_or_refused(name, number_of_changes, tmp_path, mon
         except Exception as error:
             raise AssertionError(f"{place} replaced by {instead!r}: {error!r}") from error
     assert refused > 5
+
+
+def test_shares_in_some_cells_only_are_refused(tmp_path):
+    """A line through them would have holes. In none at all they are allowed: some mixers have no weights."""
+    (row,) = some_rows("mqar", lambda row: row["seed"] == 0 and row["mixer"] == "rebased")
+    path = tmp_path / "rows.jsonl"
+    row["cells"]["512 uniform"]["filler"] = None
+    files.write_rows(path, [row])
+    with pytest.raises(Refusal, match="a row of 'rebased' has shares of attention in some cells only"):
+        mqar_report.read([path])
+    for cell in row["cells"].values():
+        cell |= dict.fromkeys(("right", "others", "filler"))
+    files.write_rows(path, [row])
+    assert mqar_report.read([path])[0]["cells"] == row["cells"]
