@@ -746,6 +746,10 @@ def compiler_arguments(kernel, D, DV, P_PAD, dtype, segment, ones):
     # and the addresses of each take registers. (Registers and spills as Triton 3.7.1 compiles;
     # `python -m experiments.benchmark_gpu compiled` prints them.)
     arguments["num_stages"] = 3
+    if D > 16 and DV > 64:
+        # With three stages the factors of the largest sizes take 104 KB of shared memory, if q and
+        # k are float32 and v is bfloat16. A data center's card has that, others have 99 KB.
+        arguments["num_stages"] = 2
     if kernel is state_kernel:
         # 64 rows of S make 4 warps, 128 threads; by their registers, four such programs share a
         # multiprocessor of an H100. Each loads 10 KB a step, so two stages should keep memory busy.
