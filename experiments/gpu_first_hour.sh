@@ -2,7 +2,7 @@
 # One command that settles on an NVIDIA GPU what no machine without one can say, the most valuable first.
 #
 #   bash experiments/gpu_first_hour.sh                 25 minutes; results in runs/gpu_first_hour/ as soon as they are there
-#   SMALL=1 bash experiments/gpu_first_hour.sh         the same steps in Triton's interpreter, small: a rehearsal
+#   SMALL=1 bash experiments/gpu_first_hour.sh         the same steps in Triton's interpreter, small: a rehearsal of 4 minutes
 #   STEPS="machine correct" bash ...                   some of the steps only
 #   MINUTES=10 FOLDER=/elsewhere PYTHON=python3 bash ...
 #

@@ -1,6 +1,6 @@
 """Faults planted one at a time into a copy of this repository: which of them do the quick tests notice?
 
-  python tests/plant_faults.py                      all of them: hours on one core
+  python tests/plant_faults.py                      all of them: two hours on one core, by estimate
   python tests/plant_faults.py --only mqar_report   those whose file or description holds the word
   python tests/plant_faults.py --processes 4        several copies at once
 

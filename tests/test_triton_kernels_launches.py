@@ -10,7 +10,8 @@ more shared memory than there is.
                                                                          taking turns: half an hour, by estimate
   ALL_LAUNCHES=1 python -m pytest -q -m slow ...                         with every T and states: two hours, by estimate
 
-With another Triton: pip install --no-deps --target FOLDER triton==3.6.0, and PYTHONPATH=FOLDER before the command.
+With another Triton: pip install --no-deps --target FOLDER triton==3.6.0, and PYTHONPATH=FOLDER before the command. (The
+interpreter of 3.6.0 fails with NumPy 2.4, of which it asks what that no longer does: pip install "numpy<2.4".)
 """
 
 import itertools
