@@ -22,7 +22,7 @@ from statistics import fmean
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from rebased import files, lesson, train_mqar
 
-CELL = dict.fromkeys(files.CELL, files.MEASURED) | {"accuracy": files.NUMBER}  # slices are not always measured
+CELL = dict.fromkeys((*files.CELL, "iou?"), files.MEASURED) | {"accuracy": files.NUMBER}  # not all have weights
 ROW = {  # of 04 and of experiments/mqar.py
     **files.RECALL,
     **dict.fromkeys(("length", "pairs", "d_model"), int),
@@ -176,10 +176,14 @@ def read(paths, search_seeds=()):
 
 
 def check_measures(row, path):
-    """Raise Refusal for a row without an accuracy at the trained length, or with shares in some of its cells only."""
+    """Raise Refusal for a row that has no accuracy at the trained length, half a picture, or shares in some cells."""
     official = f"{row['length']} official"
     if "accuracy" not in row and official not in row["cells"]:
         raise lesson.Refusal(f"{path}: a row of {row['mixer']!r} has neither 'accuracy' nor a cell {official!r}")
+    if row.get("picture"):
+        right, weights = row["picture"]["right"], row["picture"]["weights"]
+        if len(right) != len(weights) or len(set(map(len, weights))) > 1:
+            raise lesson.Refusal(f"{path}: the 'picture' of a row of {row['mixer']!r} has no weights for each query")
     for field in ("cells", "cells_without_floor"):
         cells = row.get(field, {}).values()
         if len({cell[share] is None for cell in cells for share in ("right", "others", "filler")}) > 1:

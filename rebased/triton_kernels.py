@@ -64,7 +64,7 @@ TOO_OLD = (
     "rebased.triton_kernels needs PyTorch 2.7 or a newer one, which can read the signatures of its "
     f"operations; this one is {torch.__version__}, and everything else runs with it"
 )
-if torch.__version__ < "2.7":
+if torch.__version__ < "2.7":  # it is no string, but compares as versions do
     raise ImportError(TOO_OLD)
 try:
     import triton
@@ -123,7 +123,7 @@ EPS_ON_CHIP = tl.constexpr(EPS)
 
 
 # What the compiler must know, the tl.constexpr arguments of the kernels (`compiler_arguments` in
-# section 7 sets all but REVERSE, and those of the scan):
+# section 7 sets all of these but REVERSE; the scan has its own three):
 #   D, DV                 columns of q and k, and of v
 #   P_PAD                 features, padded to a multiple of BLOCK_F
 #   BLOCK_D, BLOCK_DV     D and DV as tl.dot wants them, powers of two from 16 on; loads fill with 0
@@ -209,9 +209,9 @@ def features_reference(x, table):
 
 
 # A GPU cannot index registers: x[a_f] would be a trip to memory. A product can: with the one-hot
-# matrix A, whose column f has its 1 in row a_f, x @ A puts x[a_f] into column f. That is exact, for
-# all other terms of its sum are 0, and x has no more digits than the product takes (section 7 says
-# which). The same matrices, transposed, carry the gradient back, since
+# matrix A, whose column f has its 1 in row a_f, x @ A puts x[a_f] into column f. All other terms of
+# that sum are 0: the product loses no digit but those that it takes from every factor (section 7
+# says which). The same matrices, transposed, carry the gradient back, since
 # d(root x_a x_b) = root x_b dx_a + root x_a dx_b. With rows x, ⊙ for products element by element,
 # and a 1 added to x A or x B wherever the index is −1:
 #
@@ -341,9 +341,9 @@ def state_kernel(
     f = block * BLOCK_F + tl.arange(0, BLOCK_F)
 
     # S is summed transposed, with BLOCK_DV rows, 64 in the paper's models: Hopper's warpgroups
-    # multiply 64 rows at a time, and F is only 32. z is what the column behind y would give to S,
-    # but a product with one column is no task for tl.dot: it is summed row by row, [STEP, F], and
-    # the STEP rows are added once, at the end.
+    # multiply 64 rows at a time, and F is only 32. If y had one more column, of 1 for z and of −δ
+    # for r, then z would be the last column of S. But a product with one column is no task for
+    # tl.dot: z is summed row by row, [STEP, F], and the STEP rows are added once, at the end.
     S_transposed = tl.zeros((BLOCK_DV, BLOCK_F), tl.float32)
     z = tl.zeros((STEP, BLOCK_F), tl.float32)
     for start in range(segment * SEGMENT, min(segment * SEGMENT + SEGMENT, T), STEP):
@@ -353,9 +353,10 @@ def state_kernel(
         xa, xb, root, _, _ = factors(x_tile, table, f, P_PAD, BLOCK_D, DTYPE, PRECISION, ONES)
         phi = xa * xb * root  # [STEP, F]
         if REVERSE:
-            # φ(q)/den meets do for R, and −δ for r. 1/den goes into φ, rounded once for both: what
-            # they later add up to, R v + r, is then a sum of do·v − δ with the same factors. Beyond
-            # T the load of 1/den gives 0.
+            # φ(q)/den meets do for R, and −δ for r. 1/den goes into φ, and bfloat16 rounds that
+            # once for both: what they later add up to, R v + r, is then a sum of do·v − δ with the
+            # same factors. (tf32 rounds inside tl.dot, for R only.) Beyond T the load of 1/den
+            # gives 0.
             phi *= tl.load(inv_den + t, mask=t < T, other=0.0)
             y_column = -tl.load(delta + t, mask=t < T, other=0.0)  # [STEP, 1]
         else:
@@ -418,10 +419,11 @@ def scan_reference(states):
 # 4. The output: the other three steps of 02
 #
 # den sums the *rounded* weights, those that multiply v. Inside a segment the weights w/den then add
-# up to 1 exactly (as float32 goes), and o_0 is v_0; with a state, which is rounded for num but not
-# for den, they do so to the precision of DTYPE. The sum is a tl.dot as well, with columns of ones,
-# 16 of them because tl.dot takes no fewer. This is what makes den see rounded weights where tf32
-# rounds them, inside tl.dot; and tensor cores should add faster than a reduction over [TILE, STEP].
+# up to 1 exactly (as float32 goes), and o_0 is v_0; with a state they do so to the precision of
+# products, for S is rounded for num, and z is not for den. The sum is a tl.dot as well, with
+# columns of ones, 16 of them because tl.dot takes no fewer. This is what makes den see rounded
+# weights where tf32 rounds them, inside tl.dot; and tensor cores should add faster than a reduction
+# over [TILE, STEP].
 #
 # What rounding takes from o. The backward pass subtracts δ_i = do_i·o_i from do_i·v_j and divides
 # by den_i. Where o is close to v_j, as in the first rows of a sequence, which have few keys to
@@ -434,13 +436,15 @@ def scan_reference(states):
 # nevertheless: one case less to write and to test.
 #
 # Earlier segments have the same difference, S do − δ z, and there S is rounded to DTYPE while z is
-# not; likewise R, but not r, in R v + r. After a segment or more, no den is tiny any longer: in
-# bfloat16 the rounded S alone moves dq by 1e-3 to 2e-3, of the 5e-3 that its error is, and R moves
-# dk by less. But it is a limit, in bfloat16. If all values of a long sequence agree up to the last
-# bit, what comes to dq through states is noise, and dk is off by 5 %. And behind an *initial* state
-# of one or two tokens there are few keys, too: most rows of dq still err by 2e-3, but where den is
-# tiny they are noise, and those rows are large. (Emulated on random inputs; behind eight tokens
-# nothing of it is left.) Hand in such a beginning as tokens, or in float32.
+# not; likewise R, but not r, in R v + r. After a segment or more no den is tiny any longer: in
+# bfloat16 the relative error of dq is 5e-3 in all, and of that the rounded S alone makes 1e-3 to
+# 2e-3; in dk the rounded R makes less. But this rounding is a limit. If all values of a long
+# sequence agree up to the last bit of bfloat16, what comes to dq through states is noise, and dk is
+# off by 5 %. And behind an *initial* state of one or two tokens there are few keys, too: the
+# rounded S alone then puts most rows of dq off by 2e-3, as ever, but rows whose den is tiny are
+# noise, and just these rows of dq are large. (Emulated on random inputs; behind eight tokens
+# nothing of it is left.) Hand in such a beginning as tokens, or give v in float32, which sets the
+# type of products.
 @triton.jit
 def output_kernel(
     q, k, v, o, rounding_error, inv_den, table, states, scale, shift, floor, T, slots, first,
@@ -530,11 +534,12 @@ def output_reference(q, k, v, state, table, coefficients):
 # 5. Backward, the queries
 #
 # The same walk as in the output: the keys before a query, then the state. 1/den is the same for
-# every term of a query, so the sum is multiplied by it once, at the end: until then names end in
-# _den, for "times den". 2·scale is the same for every term inside the segment; the sum is
-# multiplied by it before what comes from the state is added, where the roots of the features do
-# its work. δ is stored on the way: the kernels of the next section read it. (floor has no gradient;
-# it is there because all three kernels of tiles are launched alike.)
+# every term of a query, so the sum is multiplied by it once, at the end; until then dw_den,
+# half_du_den and dphi_den are dw, du/2 and dφ times den, and so are dxa, dxb and dq_tile. 2·scale
+# is the same for every term inside the segment; the sum is multiplied by it before what comes from
+# the state is added, where the roots of the features do its work. δ is stored on the way, for the
+# state kernel in reverse and for that of section 6. (floor has no gradient; it is there because all
+# three kernels of tiles are launched alike.)
 @triton.jit
 def query_kernel(
     q, k, v, do, o, rounding_error, dq, inv_den, delta, table, states,
@@ -742,17 +747,19 @@ def compiler_arguments(kernel, D, DV, P_PAD, dtype, segment, ones):
     # 64. Exact float32 does without tensor cores, and 8 warps give it registers for what it holds.
     arguments["num_warps"] = 8 if tile == 128 or dtype == torch.float32 else 4
 
-    # So many steps are in work at once: while one is computed, the others' loads are under way,
-    # and the addresses of each take registers. (Registers and spills as Triton 3.7.1 compiles;
-    # `python -m experiments.benchmark_gpu compiled` prints them.)
+    # num_stages is the number of a loop's steps that are in work at once: while one is computed,
+    # the loads of the others are under way, and the addresses of each take registers. (Registers
+    # and spills as Triton 3.7.1 compiles; `python -m experiments.benchmark_gpu compiled` prints
+    # them.)
     arguments["num_stages"] = 3
     if D > 16 and DV > 64:
         # With three stages the factors of the largest sizes take 104 KB of shared memory, if q and
         # k are float32 and v is bfloat16. A data center's card has that, others have 99 KB.
         arguments["num_stages"] = 2
     if kernel is state_kernel:
-        # 64 rows of S make 4 warps, 128 threads; by their registers, four such programs share a
-        # multiprocessor of an H100. Each loads 10 KB a step, so two stages should keep memory busy.
+        # At DV = 64 the transposed S has 64 rows: 4 warps, 128 threads. By their registers, four
+        # such programs share a multiprocessor of an H100. Each loads 10 KB a step in bfloat16, so
+        # two stages should keep memory busy.
         arguments["num_warps"] = 4
         arguments["num_stages"] = 2
     if kernel is key_kernel and dtype == torch.float16:
@@ -963,7 +970,7 @@ def why_not(q, k, v, coefficients):
     if coefficients[0] < 0 or coefficients[1] < 0:
         return "no coefficient may be negative: features multiply their square roots"
     # A floor c0 − c1²/(4·c2) below 0, some weights then being negative, is allowed, as in the
-    # quadratic form of 02. The kernels of 01 refuse it.
+    # quadratic form of 02. The classes of 01 never ask for it: they refuse a floor below 0.
     for x in (q, k, v):
         if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"products run in float32, bfloat16 or float16, not in {x.dtype}"

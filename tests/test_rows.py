@@ -140,3 +140,15 @@ def test_shares_in_some_cells_only_are_refused(tmp_path):
         cell |= dict.fromkeys(("right", "others", "filler"))
     files.write_rows(path, [row])
     assert mqar_report.read([path])[0]["cells"] == row["cells"]
+
+
+def test_half_a_picture_is_refused(tmp_path):
+    (row, *_) = some_rows("mqar_iou", lambda row: row["picture"])
+    path = tmp_path / "rows.jsonl"
+    assert len(row["picture"]["right"]) == 32
+    for change in (lambda picture: picture["right"].pop(), lambda picture: picture["weights"][3].pop()):
+        edited = json.loads(json.dumps(row))
+        change(edited["picture"])
+        files.write_rows(path, [edited])
+        with pytest.raises(Refusal, match="the 'picture' of a row"):
+            mqar_report.read([path])
