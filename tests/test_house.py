@@ -202,6 +202,7 @@ def collect(folder, *files):
     return run(["-c", start, *plain, *map(str, files)], ROOT)
 
 
+@pytest.mark.slow
 def test_every_test_is_collected_where_unix_is_missing(tmp_path):
     """One import at the top of one file would cost the whole suite on Windows. Tests that need it skip themselves."""
     status, text = collect(tmp_path)

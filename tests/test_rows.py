@@ -1,6 +1,6 @@
 """Rows that somebody has edited: every reader of them prints its tables, or says in one line what is wrong.
 
-  python -m pytest tests/test_rows.py              two dozen changes for each reader
+  python -m pytest tests/test_rows.py              a dozen changes for each reader
   python -m pytest -m slow tests/test_rows.py      a thousand
 
 One change at a time, anywhere inside a row of results/: left out, or replaced by a text, null, an empty list or an
@@ -98,7 +98,7 @@ def changed(row, path, instead):
     return row
 
 
-@pytest.mark.parametrize("number_of_changes", [24, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number_of_changes", [12, pytest.param(1000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", READERS)
 def test_an_edited_row_is_read_or_refused(name, number_of_changes, tmp_path, monkeypatch, capsys):
     """Figures are drawn, but not turned into pictures."""
@@ -125,7 +125,7 @@ def test_an_edited_row_is_read_or_refused(name, number_of_changes, tmp_path, mon
             refused += 1
         except Exception as error:
             raise AssertionError(f"{place} replaced by {instead!r}: {error!r}") from error
-    assert refused > 5
+    assert refused > 3
 
 
 def test_shares_in_some_cells_only_are_refused(tmp_path):
