@@ -596,8 +596,9 @@ if __name__ == "__main__":
 
 # %% [markdown]
 # Logits become a token in one of two ways. *Greedy* takes the likeliest. *Sampling* draws: a
-# temperature below 1 makes the likely likelier, and top-k lets only the k likeliest take part. Near
-# 0 a temperature leaves only the likeliest, and logits divided by it overflow: that is greedy, too.
+# temperature below 1 makes the likely likelier, and top-k lets only the k likeliest take part. A
+# temperature near 0 would leave only the likeliest token, but logits divided by so little overflow.
+# So below 1e-3 we take the greedy token at once.
 #
 # Below, a random model goes on after a prompt of four tokens. Then it reads only three of them, and
 # its state is kept. From that state and the fourth token it must go on as before; from the fourth
@@ -622,7 +623,7 @@ def generate(model, tokens, steps, temperature=0.0, top_k=None, states=None):
 
     Temperature 0 is greedy. Raises ValueError for a negative temperature and for top_k < 1.
     """
-    if not temperature >= 0 or (top_k is not None and top_k < 1):  # NaN is not, either
+    if math.isnan(temperature) or temperature < 0 or (top_k is not None and top_k < 1):
         raise ValueError(f"need temperature >= 0 and top_k >= 1, got {temperature} and {top_k}")
     logits, states = model.prefill(tokens, states)
     for steps_left in reversed(range(steps)):

@@ -180,6 +180,7 @@ if __name__ == "__main__":
 # over all tested lengths. (By the training loss Based would run at .01, and be worse at 8,192
 # tokens; its floor set to 0 repairs it there as well: results/README.md, "The floor, from six
 # sides".)
+#
 # For softmax the search could not tell .003 from .01, and the faster one is taken: on those seeds
 # it has learned the task after 600 steps, where .003 takes 1,000 (and on one of five other seeds
 # more than 2,000). The first 100 steps of softmax warm up.
@@ -263,8 +264,9 @@ def train(run, report=lambda steps, loss, accuracy: None):
     return recall_model.eval()
 
 # %% [markdown]
-# Which of them are run can be chosen on the command line (`--help` says how), or in a notebook by
-# `%run 04_train_mqar.py --seeds 0`. It is read now, so that a mistake there costs no training.
+# This lesson trains three attentions, each from five seeds. Others can be asked for on the command
+# line (`--help` says how), or in a notebook by `%run 04_train_mqar.py --seeds 0`. The command line
+# is read here, before anything is trained, so that a mistake in it costs nothing.
 
 # %%
 def parse_options(argv=None):
